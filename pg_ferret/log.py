@@ -1,0 +1,76 @@
+"""structlog for the supervisor and the workers: one event, one line in PostgreSQL's own log.
+
+An event becomes one ``log`` message on the channel to the launcher, which gives it to ereport, so that
+log_min_messages, log_line_prefix, csvlog and jsonlog apply.  Logging never blocks: when the channel is full
+the line is dropped, counted, and the count is told with the next line that fits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import structlog
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+# SO_SNDBUF bounds a SEQPACKET message; a traceback longer than this says nothing more.
+MAX_LINE_BYTES = 16_000
+_LETTERS = {"debug": b"D", "info": b"I", "warning": b"W", "error": b"E", "critical": b"E", "exception": b"E"}
+
+
+class ChannelLogger:
+    """The last step of structlog's chain: sends finished lines to the launcher."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._dropped = 0
+
+    def _send(self, letter: bytes, line: str) -> None:
+        if self._dropped:
+            line = f"{line} dropped_log_lines={self._dropped}"
+        data = line.encode("utf-8", "backslashreplace")[:MAX_LINE_BYTES]
+        try:
+            self._channel.send(b"l" + letter + data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            self._dropped += 1
+        else:
+            self._dropped = 0
+
+    def debug(self, line: str) -> None:
+        self._send(b"D", line)
+
+    def info(self, line: str) -> None:
+        self._send(b"I", line)
+
+    def warning(self, line: str) -> None:
+        self._send(b"W", line)
+
+    def error(self, line: str) -> None:
+        self._send(b"E", line)
+
+    critical = exception = error
+
+
+def configure(channel: socket.socket, level: str, process: str) -> None:
+    """Send every event to ``channel`` as ``process[pid]: event key=value``; may be called again to change the level.
+
+    ``level`` is one of ``LEVELS``; ``process`` is ``supervisor`` or ``worker 2``.
+    """
+    prefix = f"pg_ferret {process}[{os.getpid()}]: "
+    logger = ChannelLogger(channel)
+    render = structlog.processors.LogfmtRenderer(key_order=["event"], drop_missing=True)
+
+    def line(_logger: Any, _method: str, event: Any) -> str:
+        text = str(event.pop("event", ""))
+        trace = event.pop("exception", None)
+        fields = render(_logger, _method, event)
+        return prefix + text + (" " + str(fields) if fields else "") + (f"\n{trace}" if trace else "")
+
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, structlog.processors.format_exc_info, line],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=lambda *_: logger,
+        cache_logger_on_first_use=False,
+    )
