@@ -1,0 +1,246 @@
+"""The supervisor's loop: one deadline, one poll, everything else is decided elsewhere and done here.
+
+``supervisor/__main__.py`` runs it.  Signal handlers only queue; the channel's messages, the children's deaths
+and the clock are looked at once per round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import select
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from pydantic import ValidationError
+
+from config.settings import Config
+from pg_ferret import log
+from pg_ferret.status import State, StatusTable
+from supervisor.channel import Channel, Closed, Verb
+from supervisor.child import Work
+from supervisor.crew import Crew, Orders, System
+from supervisor.listen import Listeners, wanted_addresses
+from supervisor.plan import Limits, deadline
+from supervisor.report import Problems, Reporter, serving_message
+
+logger = structlog.get_logger()
+
+# PostgreSQL is going down and takes our backends with it: there is nothing to drain. The launcher kills
+# what is left after 300 ms.
+STOP_GRACE = 0.2
+STOP_LIMIT = 0.28
+RETRY_SECONDS = 1.0
+# While a worker starts or drains nothing wakes us when it is done, so we look.
+BRISK_SECONDS = 0.02
+# Later than this, the whole machine or our process group stood still: no worker is to blame for its silence.
+OVERSLEPT = 1.0
+
+class Wakeup:
+    """The queue of signals, and the socket that ends poll() when one arrives."""
+
+    def __init__(self) -> None:
+        self.queue: list[int] = []
+        self.sockets = socket.socketpair()
+        for sock in self.sockets:
+            sock.setblocking(False)
+
+    def install(self) -> None:
+        """Take over the process's signals."""
+        signal.set_wakeup_fd(self.sockets[1].fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, lambda received, _frame: self.queue.append(received))
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
+    def drain(self) -> list[int]:
+        """The signals since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while self.sockets[0].recv(4096):
+                pass
+        queued, self.queue = self.queue, []
+        return queued
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What the supervisor needs of pg_ferret: a worker's work, and the directory its workers share."""
+
+    work: Work
+    prepare: Callable[[Config], Path]
+
+
+class Supervisor:
+    """Everything there is to supervise, and the loop that does it."""
+
+    def __init__(self, channel: Channel, config: Config, gateway: Gateway, system: System | None = None) -> None:
+        self.wakeup = Wakeup()
+        self._system = system or System()
+        self._channel = channel
+        self._config = config
+        self._gateway = gateway
+        self.table = StatusTable(config.settings.max_workers)
+        self.listeners = Listeners()
+        self.crew = Crew(self.table, channel.socket, gateway.work, self._system)
+        self.crew.private += self.wakeup.sockets
+        self._problems = Problems()
+        self._reporter = Reporter(channel, self.table)
+        self._prepared = False
+        self._retry_at = 0.0
+        self._awake = self._system.clock()
+        self._exit: tuple[int, float] | None = None  # status, and when to wait no longer for the workers
+        self._poll = select.poll()
+
+    def run(self) -> int:
+        """Supervise until asked to stop or until the launcher is gone; returns the exit status."""
+        self._poll.register(self.wakeup.sockets[0], select.POLLIN)
+        self._poll.register(self._channel.socket, select.POLLIN)
+        self.wakeup.install()
+        self._apply(self._config)
+        while (status := self.turn()) is None:
+            self._wait()
+        return status
+
+    def turn(self) -> int | None:
+        """One round without waiting; an exit status ends the loop."""
+        self._hear()
+        self.crew.reap()
+        self.crew.observe()
+        now = self._system.clock()
+        if self._exit and (not self.crew.alive or now >= self._exit[1]):
+            return self._exit[0]
+        if not self._exit and now >= self._retry_at:
+            self._retry(now)
+        self.crew.step(self._limits())
+        self._reporter.own(self._state(), self._message())
+        self._reporter.report(now)
+        return None
+
+    # -- what comes in ------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        for number in self.wakeup.drain():
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._stop(0)
+        if self._exit:
+            return
+        try:
+            for verb, body in self._channel.receive():
+                self._obey(verb, body)
+        except Closed:
+            logger.error("the launcher is gone")
+            self._stop(1)
+
+    def _obey(self, verb: Verb, body: bytes) -> None:
+        if verb is Verb.QUIT:
+            self._stop(0)  # smart as well as fast: a smart shutdown gets here only when the last session has left
+        elif verb is Verb.ROLE:
+            role = {"in_recovery": body == b"standby"}
+            self._apply(self._config.model_copy(update={"server": self._config.server.model_copy(update=role)}))
+        else:
+            try:
+                config = Config.from_json(body)
+            except ValueError as error:
+                self._problems.set("settings", f"{explain(error)}; the running configuration stays in force")
+            else:
+                self._problems.solved("settings")
+                self._apply(config)
+
+    def _apply(self, new: Config) -> None:
+        """Make ``new`` the running configuration."""
+        log.configure(self._channel.socket, new.settings.log_level, "supervisor")
+        self._config = self._with_state_dir(new)
+        settings = self._config.settings
+        self.listeners.want(wanted_addresses(settings) if settings.enabled else [], settings.unix_socket_permissions)
+        self.crew.give(Orders(self._config, self.listeners.sockets))
+        self.crew.retry_now()
+        self._retry_at = self._system.clock()
+
+    def _with_state_dir(self, new: Config) -> Config:
+        """``new``, but with the running state_dir while workers share it: half of them must not move elsewhere."""
+        running = self._config.settings.state_dir
+        self._problems.solved("state_dir")
+        if new.settings.state_dir == running:
+            return new
+        if not self.crew.alive:
+            self._prepared = False
+            return new
+        text = "ferretdb.state_dir: a change takes effect when the workers are gone"
+        hint = "restart PostgreSQL, or reload with ferretdb.enabled = off and then on"
+        self._problems.set("state_dir", text, hint)
+        return new.model_copy(update={"settings": new.settings.model_copy(update={"state_dir": running})})
+
+    def _retry(self, now: float) -> None:
+        """What failed and may work by now."""
+        self._retry_at = now + RETRY_SECONDS
+        if not self._prepared:
+            try:
+                self._gateway.prepare(self._config)
+            except Exception as error:  # whatever it is, PostgreSQL must go on and the DBA must see it
+                self._problems.set("prepare", str(error))
+            else:
+                self._problems.solved("prepare")
+                self._prepared = True
+        if self.listeners.problems and self.listeners.retry():
+            self.crew.give(Orders(self._config, self.listeners.sockets))
+
+    def _stop(self, status: int) -> None:
+        if self._exit is None:
+            self._exit = status, self._system.clock() + STOP_LIMIT
+            self.listeners.close()
+
+    # -- what follows from it -----------------------------------------------------------------------------------
+
+    def _limits(self) -> Limits:
+        settings = self._config.settings
+        if self._exit:
+            return Limits(0, math.inf, STOP_GRACE)
+        wanted = settings.worker_count() if settings.enabled and self._prepared else 0
+        return Limits(wanted, settings.worker_timeout / 1000, settings.graceful_timeout / 1000, self._awake)
+
+    def _state(self) -> State:
+        if self._exit:
+            return State.STOPPING
+        seats = [seat for seat in self.crew.seats if seat.serving]
+        if not self._config.settings.enabled or any(seat.process and seat.process.ready for seat in seats):
+            return State.READY
+        return State.BACKOFF if seats and all(seat.retry is not None for seat in seats) else State.STARTING
+
+    def _message(self) -> str:
+        problems = [*self._problems.texts, *map(str, self.listeners.problems.values())]
+        if problems:
+            return "; ".join(problems)
+        if not self._config.settings.enabled:
+            return "ferretdb.enabled is off"
+        return serving_message(self.listeners.sockets)
+
+    def _wait(self) -> None:
+        """Sleep until something arrives or is due."""
+        due = [self._reporter.due, deadline(self.crew.seats, self._limits())]
+        if self.listeners.problems or not self._prepared:
+            due.append(self._retry_at)
+        if self.crew.in_motion:
+            due.append(self._system.clock() + BRISK_SECONDS)
+        if self._exit:
+            due.append(self._exit[1])
+        until = min(due)
+        self._poll.poll(max(0, math.ceil((until - self._system.clock()) * 1000)))
+        now = self._system.clock()
+        if now > until + OVERSLEPT:
+            self._awake = now
+
+
+def explain(error: ValueError) -> str:
+    """A configuration error in one line, by the settings' names and without their values."""
+    if not isinstance(error, ValidationError):
+        return f"settings message: {error}"
+    lines = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        where = [str(part) for part in item["loc"]]
+        name = f"ferretdb.{where[-1]}" if where[:1] == ["settings"] else ".".join(where)
+        lines.append(f"{name}: {item['msg']}")
+    return "; ".join(lines)
