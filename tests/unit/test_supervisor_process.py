@@ -1,0 +1,344 @@
+"""The supervisor as a real process tree under a stand-in launcher: real forks, signals and sockets, no PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pg_ferret.status import SLOT_BYTES, Kind, Slot, State
+
+ROOT = Path(__file__).parents[2]
+FAKE_GATEWAY = [str(Path(__file__).with_name("fake_gateway.py"))]
+SETTINGS = {
+    "database": "postgres", "max_workers": "8", "enabled": "on", "workers": "2", "listen_unix": "",
+    "unix_socket_permissions": "0700", "pool_min_conns": "4", "pool_max_conns": "40", "query_wait_timeout": "30000",
+    "max_connections": "10000", "cursor_timeout": "600000", "worker_timeout": "1000", "graceful_timeout": "300",
+    "log_level": "debug", "python": "/usr/bin/python3",
+}  # fmt: skip
+SERVER = {
+    "socket_directories": "/nowhere", "port": 5432, "user": "postgres", "database": "postgres",
+    "data_directory": "/nowhere", "max_connections": 100, "superuser_reserved_connections": 3,
+    "reserved_connections": 0, "version": "18.6", "documentdb": None, "in_recovery": False,
+    "started": "2026-01-01 00:00:00+00", "setting_errors": [],
+}  # fmt: skip
+
+
+class Launcher:
+    """What the C launcher does, as far as the supervisor sees it."""
+
+    def __init__(self, program: list[str], state_dir: Path) -> None:
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.settings = {**SETTINGS, "listen_addr": f"127.0.0.1:{free_port()}", "state_dir": str(state_dir)}
+        self.slots: dict[int, Slot] = {}
+        self.lines: list[str] = []
+        environment = {"PYTHONPATH": os.environ.get("PYTHONPATH") or str(ROOT), "LC_ALL": "C.UTF-8"}
+        program = [sys.executable, "-P", *program]
+        # A shell puts the channel where the launcher puts it; sh cannot redirect descriptors above 9.
+        number = theirs.fileno()
+        command = ["bash", "-c", f'exec 3<&{number} && exec "$@"', "launcher", *program]
+        self.process = subprocess.Popen(command, env=environment, pass_fds=[number], start_new_session=True)
+        theirs.close()
+
+    def configure(self, **settings: str) -> None:
+        self.settings.update(settings)
+        self.channel.send(b"S" + json.dumps({"settings": self.settings, "server": SERVER}).encode())
+
+    def until(self, condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+        """Take in messages until ``condition`` gives something true, and return that."""
+        end = time.monotonic() + seconds
+        while not (result := condition()):
+            left = end - time.monotonic()
+            assert left > 0, self.account()
+            self.channel.settimeout(min(left, 0.05))
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
+                self.take(self.channel.recv(300_000))
+        return result
+
+    def take(self, message: bytes) -> None:
+        if message[:1] == b"s":
+            index = struct.unpack_from("<i", message, 1)[0]
+            assert len(message) == 5 + SLOT_BYTES
+            self.slots[index] = Slot(memoryview(bytearray(message[5:])))
+        elif message[:1] == b"l":
+            self.lines.append(message[1:].decode())
+
+    def account(self) -> str:
+        rows = [f"{i}: {s.get('kind')} {s.get('pid')} {State(s.get('state')).name} {s.last_exit} {s.message}"
+                for i, s in sorted(self.slots.items())]  # fmt: skip
+        return "\n".join([*rows, *self.lines, f"exit {self.process.poll()}"])
+
+    def workers(self, state: State = State.READY) -> dict[int, int]:
+        """Slot -> pid of the workers in ``state``."""
+        return {i: s.get("pid") for i, s in self.slots.items()
+                if s.get("kind") == Kind.WORKER and s.get("state") == state}  # fmt: skip
+
+    def ready(self, count: int) -> dict[int, int]:
+        """Wait until exactly so many workers are ready and no other exists."""
+        def settled() -> bool:
+            kinds = [slot.get("kind") for slot in self.slots.values()]
+            return len(self.workers()) == count == kinds.count(Kind.WORKER)
+
+        self.until(settled)
+        return self.workers()
+
+    def message(self, index: int = 0) -> str:
+        return self.slots[index].message if index in self.slots else ""
+
+    def close(self) -> None:
+        self.channel.close()
+        try:
+            self.process.wait(2)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Client:
+    """A connection to a fake worker; knows whom it talks to."""
+
+    def __init__(self, address: str) -> None:
+        if address.startswith("/"):
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(5)
+            self.sock.connect(address)
+        else:
+            host, port = address.rsplit(":", 1)
+            self.sock = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+        self.slot, self.pid = map(int, self.sock.recv(100).split())
+
+    def alive(self) -> bool:
+        self.sock.sendall(b"hello\n")
+        return self.sock.recv(100) == b"hello\n"
+
+
+def connect(address: str) -> Client | None:
+    try:
+        return Client(address)
+    except (ConnectionError, FileNotFoundError):
+        return None
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; one that only waits to be reaped has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    launcher = Launcher(FAKE_GATEWAY, tmp_path)
+    yield launcher
+    launcher.close()
+
+
+def test_workers_serve_on_inherited_sockets(launcher: Launcher) -> None:
+    launcher.configure()
+    pids = launcher.ready(2)
+    client = Client(launcher.settings["listen_addr"])
+    assert client.pid == pids[client.slot]
+    launcher.until(lambda: launcher.slots[client.slot].get("connections") == 1)
+    own = launcher.slots[0]
+    assert own.message == f"pg_ferret 0.1.0 on {launcher.settings['listen_addr']}"
+    launcher.until(lambda: launcher.slots[0].get("state") == State.READY)
+    launcher.until(lambda: launcher.slots[0].get("cursors") == 7)
+    assert launcher.slots[client.slot].get("cursors") == -1
+    assert own.get("connections") == -1
+    assert own.get("rss") > 1_000_000
+
+
+def test_killed_worker_is_replaced_at_once_and_others_go_on(launcher: Launcher) -> None:
+    launcher.configure()
+    pids = launcher.ready(2)
+    client = Client(launcher.settings["listen_addr"])
+    victim = 3 - client.slot
+    start = time.monotonic()
+    os.kill(pids[victim], signal.SIGKILL)
+    launcher.until(lambda: launcher.workers().get(victim, pids[victim]) != pids[victim])
+    assert time.monotonic() - start < 1
+    assert client.alive()
+    slot = launcher.slots[victim]
+    assert (slot.last_exit, slot.get("restarts"), slot.get("generation")) == ("signal KILL", 1, 2)
+
+
+def test_hung_worker_is_ended_and_replaced(launcher: Launcher) -> None:
+    launcher.configure(worker_timeout="1000")
+    pids = launcher.ready(2)
+    os.kill(pids[1], signal.SIGSTOP)
+    launcher.until(lambda: launcher.workers().get(1, pids[1]) != pids[1])
+    assert launcher.slots[1].last_exit == "signal KILL"
+    assert launcher.workers()[2] == pids[2]
+    assert any("SIGABRT" in line and "ferretdb.worker_timeout" in line for line in launcher.lines)
+
+
+def test_listen_addr_changes_without_cutting_a_connection(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.configure()
+    pids = launcher.ready(2)
+    old, new = launcher.settings["listen_addr"], f"127.0.0.1:{free_port()}"
+    before = Client(old)
+    path = str(tmp_path / "s")
+    launcher.configure(listen_addr=new, listen_unix=path, log_level="warning")
+    launcher.until(lambda: connect(new))
+    assert launcher.until(lambda: connect(path))
+    assert os.stat(path).st_mode & 0o777 == 0o700
+    launcher.until(lambda: connect(old) is None)
+    launcher.until(lambda: all("log_level=warning" in launcher.message(slot) for slot in pids))
+    assert before.alive()
+    assert launcher.workers() == pids
+    launcher.configure(listen_unix="")
+    launcher.until(lambda: not os.path.exists(path))
+
+
+def test_port_in_use_is_told_and_retried_while_the_rest_serves(launcher: Launcher) -> None:
+    launcher.configure()
+    launcher.ready(2)
+    old = launcher.settings["listen_addr"]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        launcher.configure(listen_addr=taken)
+        launcher.until(
+            lambda: launcher.message() == f"ferretdb.listen_addr: {taken}: Address already in use, retrying"
+        )
+        assert Client(old).alive()
+    launcher.until(lambda: launcher.message() == f"pg_ferret 0.1.0 on {taken}")
+    assert Client(taken).alive()
+    launcher.until(lambda: connect(old) is None)
+    assert sum("Address already in use" in line for line in launcher.lines) == 1
+
+
+def test_invalid_configuration_leaves_the_running_one(launcher: Launcher) -> None:
+    launcher.configure()
+    pids = launcher.ready(2)
+    launcher.configure(workers="99999")
+    launcher.until(lambda: "ferretdb.workers" in launcher.message())
+    launcher.configure(workers="2", listen_addr="0.0.0.0:27017")
+    launcher.until(lambda: launcher.message().startswith("ferretdb.listen_addr: 0.0.0.0:27017: refused"))
+    assert launcher.workers() == pids
+
+
+def test_workers_grow_and_shrink(launcher: Launcher) -> None:
+    launcher.configure()
+    first = launcher.ready(2)
+    launcher.configure(workers="4")
+    assert launcher.ready(4).items() >= first.items()
+    launcher.configure(workers="1")
+    assert launcher.ready(1) == {1: first[1]}
+    assert Client(launcher.settings["listen_addr"]).pid == first[1]
+
+
+def test_drain_is_bounded_by_graceful_timeout(launcher: Launcher) -> None:
+    launcher.configure(workers="1", graceful_timeout="300")
+    launcher.ready(1)
+    client = Client(launcher.settings["listen_addr"])
+    launcher.configure(enabled="off")
+    launcher.until(lambda: launcher.workers(State.DRAINING))
+    assert connect(launcher.settings["listen_addr"]) is None
+    assert client.alive()
+    launcher.ready(0)
+    assert gone(client.pid)
+    assert launcher.message() == "ferretdb.enabled is off"
+    launcher.configure(enabled="on")
+    launcher.ready(1)
+    assert Client(launcher.settings["listen_addr"]).alive()
+
+
+def test_role_reaches_the_workers(launcher: Launcher) -> None:
+    launcher.configure()
+    pids = launcher.ready(2)
+    launcher.channel.send(b"Rstandby")
+    launcher.until(lambda: all("in_recovery=True" in launcher.message(slot) for slot in pids))
+
+
+def test_worker_that_cannot_boot_is_reported_once(launcher: Launcher, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    launcher.configure()
+    launcher.until(lambda: launcher.slots.get(1) and launcher.slots[1].get("restarts") == 2)
+    assert launcher.slots[1].last_exit == "exit 3"
+    assert launcher.message(1) == "RuntimeError: broken on purpose"
+    assert sum("Traceback" in line for line in launcher.lines) == 1
+    launcher.until(lambda: launcher.slots[0].get("state") == State.BACKOFF)
+    broken.unlink()
+    launcher.configure()  # a reload doesn't wait for the backoff
+    launcher.ready(2)
+
+
+@pytest.mark.parametrize("order", [b"Qfast", b"Qsmart", None])
+def test_stop_is_quick_and_complete(launcher: Launcher, tmp_path: Path, order: bytes | None) -> None:
+    path = tmp_path / "s"
+    launcher.configure(listen_unix=str(path))
+    pids = launcher.ready(2)
+    client = Client(launcher.settings["listen_addr"])  # keeps its worker from leaving at once
+    start = time.monotonic()
+    if order:
+        launcher.channel.send(order)
+    else:
+        launcher.process.terminate()
+    assert launcher.process.wait(2) == 0
+    assert time.monotonic() - start < 0.5
+    launcher.until(lambda: all(map(gone, pids.values())))
+    assert not path.exists()
+    assert client.sock.recv(100) == b""
+
+
+def test_the_launchers_death_ends_everything(launcher: Launcher) -> None:
+    launcher.configure()
+    pids = launcher.ready(2)
+    end = time.monotonic() + 2
+    launcher.channel.close()
+    assert launcher.process.wait(2) == 1
+    while not all(map(gone, pids.values())):
+        assert time.monotonic() < end
+
+
+def test_the_supervisors_death_ends_the_workers(launcher: Launcher) -> None:
+    launcher.configure()
+    pids = launcher.ready(2)
+    os.kill(pids[2], signal.SIGSTOP)  # a stopped one must go as well
+    launcher.process.kill()
+    launcher.until(lambda: all(map(gone, pids.values())), 2)
+
+
+def test_stale_unix_socket_of_a_killed_supervisor_is_taken_over(launcher: Launcher, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    launcher.configure(listen_unix=path)
+    launcher.ready(2)
+    launcher.process.kill()
+    launcher.process.wait(2)
+    assert os.path.exists(path)
+    second = Launcher(FAKE_GATEWAY, tmp_path)
+    with contextlib.closing(second):
+        second.configure(listen_unix=path)
+        second.ready(2)
+        assert Client(path).alive()
+
+
+def test_the_module_starts_waits_for_valid_settings_and_quits(tmp_path: Path) -> None:
+    launcher = Launcher(["-m", "supervisor"], tmp_path)
+    with contextlib.closing(launcher):
+        launcher.configure(workers="-1")
+        launcher.until(lambda: 0 in launcher.slots and launcher.slots[0].get("state") == State.FAILED)
+        assert "ferretdb.workers" in launcher.message()
+        launcher.channel.send(b"Qfast")
+        assert launcher.process.wait(2) == 0
