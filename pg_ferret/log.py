@@ -7,9 +7,12 @@ the line is dropped, counted, and the count is told with the next line that fits
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+from collections import deque
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -17,7 +20,8 @@ import structlog
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # SO_SNDBUF bounds a SEQPACKET message; a traceback longer than this says nothing more.
 MAX_LINE_BYTES = 16_000
-_LETTERS = {"debug": b"D", "info": b"I", "warning": b"W", "error": b"E", "critical": b"E", "exception": b"E"}
+# This process's latest lines as MongoDB writes them, for getLog.
+recent: deque[str] = deque(maxlen=1024)
 
 
 class ChannelLogger:
@@ -62,10 +66,11 @@ def configure(channel: socket.socket, level: str, process: str) -> None:
     logger = ChannelLogger(channel)
     render = structlog.processors.LogfmtRenderer(key_order=["event"], drop_missing=True)
 
-    def line(_logger: Any, _method: str, event: Any) -> str:
+    def line(_logger: Any, method: str, event: Any) -> str:
         text = str(event.pop("event", ""))
         trace = event.pop("exception", None)
-        fields = render(_logger, _method, event)
+        recent.append(_mongo_line(method, process, text, event))
+        fields = render(_logger, method, event)
         return prefix + text + (" " + str(fields) if fields else "") + (f"\n{trace}" if trace else "")
 
     structlog.configure(
@@ -73,4 +78,19 @@ def configure(channel: socket.socket, level: str, process: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=lambda *_: logger,
         cache_logger_on_first_use=False,
+    )
+
+
+def _mongo_line(method: str, context: str, text: str, fields: dict[str, Any]) -> str:
+    """One line of MongoDB's structured log format."""
+    return json.dumps(
+        {
+            "t": {"$date": datetime.now(UTC).isoformat(timespec="milliseconds")},
+            "s": {"debug": "D1", "info": "I", "warning": "W"}.get(method, "E"),
+            "c": "-",
+            "id": 0,
+            "ctx": context,
+            "msg": text,
+            "attr": {name: str(value) for name, value in fields.items()},
+        }
     )

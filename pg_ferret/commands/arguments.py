@@ -1,0 +1,79 @@
+"""What handlers take out of a request."""
+
+from __future__ import annotations
+
+from pg_ferret.errors import CommandError
+from pg_ferret.wire import bson
+from pg_ferret.wire.message import Request
+
+# Fields that drivers and servers send and that the engine calls unknown.
+_NOT_FOR_THE_ENGINE = frozenset(
+    b"""stmtIds $audit $client $configServerState $queryOptions encryptionInformation mayBypassWriteBlocking
+    maxAwaitTimeMS rawData querySettings""".split()
+)
+_MAX_TIMEOUT_MS = 2**31 - 1
+
+
+def database(request: Request) -> bytes:
+    """The name of the database; raises CommandError when there is none."""
+    name = request.string(b"$db")
+    if name is None:
+        raise CommandError(40414, "OP_MSG requests require a $db argument")
+    return name
+
+
+def collection(request: Request, field: bytes | None = None) -> bytes:
+    """The name of the collection, the value of the command's own field by default; raises CommandError."""
+    field = field or request.name
+    name = request.string(field)
+    if name is None:
+        raise CommandError(73, f"collection name has invalid type: field '{field.decode()}' must be a string")
+    if not name:
+        raise CommandError(73, f"Invalid namespace specified '{database(request).decode('utf-8', 'replace')}.'")
+    return name
+
+
+def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryview:
+    """The command document as the engine takes it, nearly always the very bytes that came.
+
+    Document sequences become array fields, all but ``besides``, which goes to the engine as it is.
+    """
+    sequences = {name: data for name, data in request.sequences.items() if name != besides}
+    if not sequences and _NOT_FOR_THE_ENGINE.isdisjoint(request.fields):
+        return request.body
+    body = bson.without(request.frame, request.fields, _NOT_FOR_THE_ENGINE)
+    arrays = [
+        bson.array(name, bson.DOCUMENT, [bytes(item) for item in bson.split_sequence(data)])
+        for name, data in sequences.items()
+        if name not in request.fields
+    ]
+    if len(arrays) != len(sequences):
+        raise CommandError(40413, "a document sequence has the name of a field of the command")
+    return bson.document(body[4:-1], *arrays)
+
+
+def timeout(request: Request) -> bytes | None:
+    """maxTimeMS for calls that do not look at it themselves, as text in milliseconds; raises CommandError."""
+    if b"maxTimeMS" not in request.fields:
+        return None
+    value = request.integer(b"maxTimeMS")
+    if value is None or not 0 <= value <= _MAX_TIMEOUT_MS:
+        raise CommandError(2, "maxTimeMS must be a whole number from 0 to 2147483647")
+    return str(value).encode() if value else None
+
+
+def session(request: Request) -> bytes:
+    """The 16 bytes of the session's id, or nothing outside a session; raises CommandError for a malformed lsid."""
+    span = request.fields.get(b"lsid")
+    return b"" if span is None else session_id(request.frame, span)
+
+
+def session_id(data: bytes, span: bson.Span) -> bytes:
+    """The 16 bytes of the UUID in ``{id: UUID}``; raises CommandError."""
+    kind, start, end = span
+    if kind == bson.DOCUMENT:
+        inner = bson.scan(data, start, end).get(b"id")
+        # A UUID: length 16, subtype 4, 16 bytes.
+        if inner is not None and inner[0] == bson.BINARY and data[inner[1] : inner[1] + 5] == b"\x10\0\0\0\x04":
+            return data[inner[1] + 5 : inner[2]]
+    raise CommandError(14, "a session id must be a document {id: <UUID>}")

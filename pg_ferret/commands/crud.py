@@ -1,0 +1,102 @@
+"""Reading and writing documents: the hot path."""
+
+from __future__ import annotations
+
+import time
+
+from pg_ferret.commands import write_errors
+from pg_ferret.commands.arguments import collection, database, session, spec
+from pg_ferret.engine import calls
+from pg_ferret.errors import CommandError, EngineError
+from pg_ferret.registry import command
+from pg_ferret.state.client import Client
+from pg_ferret.state.cursors import Cursor, new_id
+from pg_ferret.wire.message import Request
+
+_FOR_EVER = float("inf")
+
+
+async def _first_page(call: calls.Call, namespace: bytes, request: Request, client: Client) -> bytes:
+    """The first page; what is left is kept as a cursor that any worker can continue."""
+    services = client.services
+    cursor_id = new_id()
+    page, continuation = await services.engine.call(
+        call, (database(request), spec(request), str(cursor_id).encode())
+    )
+    assert page is not None
+    if continuation is not None:
+        lifetime = services.config.settings.cursor_timeout / 1000
+        expires = _FOR_EVER if request.true(b"noCursorTimeout") else time.time() + lifetime
+        services.cursors.open(cursor_id, Cursor(namespace, client.user, session(request), expires, continuation))
+    return page
+
+
+@command("find", help="Returns the documents that match a filter.")
+async def find(request: Request, client: Client) -> bytes:
+    if request.true(b"tailable"):
+        raise CommandError(2, "error processing query: tailable cursor requested on non capped collection")
+    namespace = database(request) + b"." + collection(request)
+    return await _first_page(calls.FIND, namespace, request, client)
+
+
+@command("aggregate", help="Runs an aggregation pipeline.")
+async def aggregate(request: Request, client: Client) -> bytes:
+    if request.true(b"explain"):
+        raise CommandError(238, "aggregate with explain is not implemented yet")
+    # {aggregate: 1} runs on the database itself.
+    name = b"$cmd.aggregate" if request.integer(b"aggregate") == 1 else collection(request)
+    return await _first_page(calls.AGGREGATE, database(request) + b"." + name, request, client)
+
+
+@command("count", help="Counts the documents that match a query.")
+async def count(request: Request, client: Client) -> bytes:
+    return await _read_one(calls.COUNT, request, client)
+
+
+@command("distinct", help="Returns the distinct values of a field.")
+async def distinct(request: Request, client: Client) -> bytes:
+    return await _read_one(calls.DISTINCT, request, client)
+
+
+async def _read_one(call: calls.Call, request: Request, client: Client) -> bytes:
+    (document,) = await client.services.engine.call(call, (database(request), spec(request)))
+    assert document is not None
+    return document
+
+
+@command("insert", help="Inserts documents.")
+async def insert(request: Request, client: Client) -> bytes:
+    return await _write(calls.INSERT, b"documents", request, client)
+
+
+@command("update", help="Updates documents.")
+async def update(request: Request, client: Client) -> bytes:
+    return await _write(calls.UPDATE, b"updates", request, client)
+
+
+@command("delete", help="Deletes documents.")
+async def delete(request: Request, client: Client) -> bytes:
+    return await _write(calls.DELETE, b"deletes", request, client)
+
+
+async def _write(call: calls.Call, statements: bytes, request: Request, client: Client) -> bytes:
+    """One write command; its statements come as a document sequence or as an array in the body."""
+    reply, success = await client.services.engine.call(
+        call, (database(request), spec(request, besides=statements), request.sequences.get(statements))
+    )
+    assert reply is not None
+    if success == b"\x01":
+        return reply
+    return await write_errors.rebuild(reply, statements, request, client)
+
+
+@command("findAndModify", "findandmodify", help="Updates or deletes one document and returns it.")
+async def find_and_modify(request: Request, client: Client) -> bytes:
+    try:
+        reply, _ = await client.services.engine.call(
+            calls.FIND_AND_MODIFY, (database(request), spec(request))
+        )
+    except EngineError as error:
+        raise await write_errors.explained(error, request, client) from None
+    assert reply is not None
+    return reply

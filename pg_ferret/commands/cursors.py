@@ -1,0 +1,98 @@
+"""Going on with cursors and ending them, whichever worker opened them."""
+
+from __future__ import annotations
+
+import time
+
+from pg_ferret.commands.arguments import collection, database, spec
+from pg_ferret.engine import calls
+from pg_ferret.errors import CommandError, EngineError
+from pg_ferret.registry import command
+from pg_ferret.state.client import Client, Services
+from pg_ferret.state.cursors import Cursor
+from pg_ferret.wire import bson
+from pg_ferret.wire.message import Request
+
+# The engine's CursorNotFound: its file has gone.
+_GONE = "M000E"
+
+
+def _not_found(cursor_id: int) -> CommandError:
+    return CommandError(43, f"cursor id {cursor_id} not found")
+
+
+@command("getMore", help="Returns the next documents of a cursor.")
+async def get_more(request: Request, client: Client) -> bytes:
+    services = client.services
+    kind, start, _ = request.fields[b"getMore"]
+    if kind != bson.INT64:
+        raise CommandError(14, "Field 'getMore' must be of type long")
+    cursor_id = int.from_bytes(request.frame[start : start + 8], "little", signed=True)
+    cursor = services.cursors.get(cursor_id)
+    if cursor is None:
+        raise _not_found(cursor_id)
+    _check_owner(cursor, cursor_id, database(request) + b"." + collection(request, b"collection"), client)
+    try:
+        page, continuation = await services.engine.call(
+            calls.GET_MORE, (database(request), spec(request), cursor.continuation)
+        )
+    except EngineError as error:
+        if error.sqlstate == _GONE:
+            services.cursors.remove([cursor_id])
+            raise _not_found(cursor_id) from None
+        raise
+    assert page is not None
+    if continuation is None:
+        services.cursors.remove([cursor_id])
+    else:
+        expires = max(cursor.expires, time.time() + services.config.settings.cursor_timeout / 1000)
+        services.cursors.advance(cursor_id, cursor._replace(expires=expires, continuation=continuation))
+    return page
+
+
+def _check_owner(cursor: Cursor, cursor_id: int, namespace: bytes, client: Client) -> None:
+    if cursor.namespace != namespace:
+        raise CommandError(
+            13,
+            f"Requested getMore on namespace '{namespace.decode('utf-8', 'replace')}', but cursor "
+            f"{cursor_id} belongs to a different namespace",
+        )
+    if cursor.user != client.user:
+        raise CommandError(13, f"cursor id {cursor_id} was not created by the authenticated user")
+
+
+@command("killCursors", help="Ends cursors.")
+async def kill_cursors(request: Request, client: Client) -> bytes:
+    namespace = database(request) + b"." + collection(request)
+    span = request.fields.get(b"cursors")
+    ids = None if span is None else bson.read_int64s(request.frame, span)
+    if ids is None:
+        raise CommandError(14, "Field 'cursors' must be an array of longs")
+    registry = client.services.cursors
+    mine: list[int] = []
+    unknown: list[int] = []
+    for cursor_id in ids:
+        cursor = registry.get(cursor_id)
+        known = cursor is not None and cursor.namespace == namespace and cursor.user == client.user
+        (mine if known else unknown).append(cursor_id)
+    killed = await end(mine, client.services)
+    return bson.document(
+        _ids(b"cursorsKilled", killed),
+        _ids(b"cursorsNotFound", unknown + [cursor_id for cursor_id in mine if cursor_id not in killed]),
+        _ids(b"cursorsAlive", []),
+        _ids(b"cursorsUnknown", []),
+        bson.OK,
+    )
+
+
+async def end(cursor_ids: list[int], services: Services) -> list[int]:
+    """Forget cursors and have the engine delete what it keeps of them; returns those that were known."""
+    gone = services.cursors.remove(cursor_ids)
+    if gone:
+        array = "{" + ",".join(map(str, gone)) + "}"
+        await services.engine.call(calls.DELETE_CURSORS, (array.encode(),))
+    return gone
+
+
+def _ids(name: bytes, values: list[int]) -> bytes:
+    return bson.array(name, bson.INT64, [value.to_bytes(8, "little", signed=True) for value in values])

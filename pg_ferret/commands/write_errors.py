@@ -1,0 +1,188 @@
+"""The cold path of writes: the engine's writeErrors in MongoDB's words.
+
+The engine packs SQLSTATEs into ``code`` and tells of a duplicate key only the index.  Drivers and ODMs look for
+E11000 with keyPattern and keyValue, so these are found again: the pattern in the list of indexes, the values in the
+statement that failed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bson import decode, encode
+from bson.raw_bson import RawBSONDocument
+
+from pg_ferret.commands.arguments import database
+from pg_ferret.engine import calls, sqlstate
+from pg_ferret.errors import CommandError, EngineError
+from pg_ferret.state.client import Client
+from pg_ferret.wire import bson
+from pg_ferret.wire.message import Request
+
+INDEX_NAME = re.compile(r"Index '(.*)'", re.DOTALL)
+# Raised errors name PostgreSQL's constraint; those of collection_pk_N are about _id.
+_CONSTRAINT = re.compile(r"constraint \"documents_rum_index_(\d+)\"")
+_ID_INDEX = "_id_"
+# Larger than any MongoDB code and smaller than any packed SQLSTATE.
+_LARGEST_CODE = 1_000_000
+
+
+def unpacked(code: int, message: str) -> tuple[int, str]:
+    """MongoDB's code and message for a ``code`` of the engine that may be a packed SQLSTATE."""
+    if code < _LARGEST_CODE:
+        return code, message
+    return sqlstate.translate(sqlstate.packed(code), message)
+
+
+async def rebuild(reply: bytes, statements: bytes, request: Request, client: Client) -> bytes:
+    """The reply with its writeErrors as MongoDB gives them.
+
+    Raises CommandError when one of them concerns the whole command.
+    """
+    document = decode(reply)
+    keys = _Keys(request, client)
+    errors = []
+    for entry in document.get("writeErrors", ()):
+        code, message = unpacked(entry["code"], entry["errmsg"])
+        if code in sqlstate.WHOLE_COMMAND:
+            raise CommandError(code, message)
+        error = {"index": entry["index"], "code": code, "errmsg": message}
+        if code == sqlstate.DUPLICATE_KEY:
+            error |= await keys.describe(message, _inserted(request, statements, entry["index"]))
+        errors.append(error)
+    return encode(document | {"writeErrors": errors, "ok": 1.0})
+
+
+async def explained(error: EngineError, request: Request, client: Client) -> CommandError:
+    """A failed findAndModify's answer, with a duplicate key in MongoDB's words."""
+    code, message = sqlstate.translate(error.sqlstate, error.message)
+    if code != sqlstate.DUPLICATE_KEY:
+        return CommandError(code, message)
+    change = decode(request.body).get("update")
+    described = await _Keys(request, client).describe(message, _known(change))
+    text = described.pop("errmsg")
+    return CommandError(code, text, details=encode(described)[4:-1])
+
+
+def _inserted(request: Request, statements: bytes, index: int) -> Mapping[str, Any] | None:
+    """The document that statement ``index`` of an insert or update was to store, as far as it is known."""
+    statement = _statement(request, statements, index)
+    if statement is None or statements == b"documents":
+        return statement
+    return _known(statement.get("u"))
+
+
+def _known(change: Any) -> Mapping[str, Any] | None:
+    """The values that an update or a replacement sets; None if they take an engine to find out."""
+    if not isinstance(change, Mapping):
+        return None
+    if not any(name.startswith("$") for name in change):
+        return change
+    known: dict[str, Any] = {}
+    for operator in ("$set", "$setOnInsert"):
+        if isinstance(change.get(operator), Mapping):
+            known.update(change[operator])
+    return known
+
+
+def _statement(request: Request, name: bytes, index: int) -> RawBSONDocument | None:
+    sequence = request.sequences.get(name)
+    if sequence is not None:
+        for number, item in enumerate(bson.split_sequence(sequence)):
+            if number == index:
+                return RawBSONDocument(bytes(item))
+        return None
+    kind, start, end = request.fields.get(name, (bson.NULL, 0, 0))
+    if kind != bson.ARRAY:
+        return None
+    items = list(bson.scan(request.frame, start, end).values())
+    if index >= len(items):
+        return None
+    return RawBSONDocument(request.frame[items[index][1] : items[index][2]])
+
+
+class _Keys:
+    """Describes duplicate keys; asks for the collection's indexes at most once."""
+
+    def __init__(self, request: Request, client: Client) -> None:
+        self._request = request
+        self._client = client
+        self._patterns: dict[str, dict[str, Any]] | None = None
+
+    async def describe(self, message: str, document: Mapping[str, Any] | None) -> dict[str, Any]:
+        """errmsg, keyPattern and keyValue of a duplicate key."""
+        index, pattern = await self._index(message)
+        text = f"E11000 duplicate key error collection: {namespace(self._request)} index: {index} dup key: "
+        described: dict[str, Any] = {"errmsg": text + _shell(pattern)}
+        if pattern:
+            described["keyPattern"] = pattern
+            if document is not None:
+                values = {path: _lookup(document, path) for path in pattern}
+                described["keyValue"] = values
+                described["errmsg"] = text + _shell(values)
+        return described
+
+    async def _index(self, message: str) -> tuple[str, dict[str, Any]]:
+        """Name and key pattern of the index that a message names."""
+        found = _CONSTRAINT.search(message)
+        if found:
+            row = await self._client.services.engine.call(calls.INDEX_BY_ID, (found[1].encode(),))
+            return ((row[0] or b"").decode("utf-8", "replace"), decode(row[1] or b"")) if row else ("", {})
+        found = INDEX_NAME.search(message)
+        if not found or found[1] == _ID_INDEX:
+            return _ID_INDEX, {"_id": 1}
+        if self._patterns is None:
+            self._patterns = await self._load()
+        return found[1], self._patterns.get(found[1], {})
+
+    async def _load(self) -> dict[str, dict[str, Any]]:
+        name = (self._request.string(self._request.name) or b"").decode("utf-8", "replace")
+        spec = bson.document(bson.string(b"listIndexes", name))
+        try:
+            (page,) = await self._client.services.engine.call(calls.LIST_INDEXES, (database(self._request), spec))
+        except EngineError:
+            return {}
+        return {index["name"]: index["key"] for index in decode(page or b"")["cursor"]["firstBatch"]}
+
+
+def namespace(request: Request) -> str:
+    """``database.collection`` as error texts print it."""
+    name = request.string(request.name) or b""
+    return (database(request) + b"." + name).decode("utf-8", "replace")
+
+
+def _lookup(document: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, or None as MongoDB indexes a missing field."""
+    if path in document:
+        return document[path]
+    value: Any = document
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _shell(values: Mapping[str, Any]) -> str:
+    """Values as MongoDB's shell prints them in this message."""
+    if not values:
+        return "{ }"
+    return "{ " + ", ".join(f"{path}: {_shell_value(value)}" for path, value in values.items()) + " }"
+
+
+def _shell_value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, Mapping):
+        return _shell(value)
+    if isinstance(value, list):
+        return "[ " + ", ".join(map(_shell_value, value)) + " ]"
+    if type(value).__name__ == "ObjectId":
+        return f"ObjectId('{value}')"
+    return str(value)

@@ -1,0 +1,197 @@
+"""One client connection: bytes in, one request at a time, bytes out, and back-pressure both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+import structlog
+
+from pg_ferret.dispatch import respond
+from pg_ferret.errors import ProtocolError
+from pg_ferret.state.client import Client
+from pg_ferret.wire.message import frame_length
+
+_log = structlog.get_logger()
+# Requests that a client sends ahead are answered in order; beyond this many they stay in the socket.
+_AHEAD = 4
+# After so many answers without a wait, let the other clients have a turn.
+_TURN = 16
+
+
+def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that runs at once, up to its first wait: a ping never costs a turn of the loop."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(work, loop=loop, eager_start=True)
+    return loop.create_task(work)
+
+
+class Connection(asyncio.Protocol):
+    """asyncio's view of a client; `closed` is called once, when it is gone."""
+
+    __slots__ = (
+        "_ahead",
+        "_busy",
+        "_chunks",
+        "_client",
+        "_closed",
+        "_draining",
+        "_have",
+        "_loop",
+        "_need",
+        "_paused",
+        "_task",
+        "_transport",
+        "_writable",
+    )
+
+    def __init__(
+        self, client: Client, loop: asyncio.AbstractEventLoop, closed: Callable[[Connection], None]
+    ) -> None:
+        self._client = client
+        self._loop = loop
+        self._closed = closed
+        self._transport: asyncio.Transport | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._busy = False
+        self._draining = False
+        self._paused = False
+        self._writable: asyncio.Future[None] | None = None  # there while the client does not read its replies
+        self._ahead: deque[bytes] | None = None
+        self._chunks: list[bytes] | None = None  # the beginning of a message, `_have` of `_need` bytes
+        self._have = 0
+        self._need = 4
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._client.services.counters.bytes_in += len(data)
+        try:
+            # Nearly always one read is one message.
+            if self._chunks is None and len(data) >= 4 and frame_length(data) == len(data):
+                self._receive(data)
+            else:
+                self._assemble(data)
+        except ProtocolError as error:
+            self._refuse(error)
+
+    def _assemble(self, data: bytes) -> None:
+        chunks = self._chunks
+        if chunks is None:
+            chunks = self._chunks = []
+        chunks.append(data)
+        self._have += len(data)
+        if self._have < self._need:
+            return
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        position, size = 0, len(data)
+        while size - position >= 4:
+            length = frame_length(data[position : position + 4])
+            if size - position < length:
+                self._need = length
+                break
+            self._receive(data[position : position + length])
+            position += length
+        else:
+            self._need = 4
+        rest = data[position:]
+        self._have = len(rest)
+        self._chunks = [rest] if rest else None
+
+    def _receive(self, frame: bytes) -> None:
+        if not self._busy:
+            self._busy = True
+            task = _start(self._loop, self._serve(frame))
+            self._task = None if task.done() else task
+            return
+        if self._ahead is None:
+            self._ahead = deque()
+        self._ahead.append(frame)
+        if len(self._ahead) >= _AHEAD and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    async def _serve(self, frame: bytes) -> None:
+        """Answer one message and those that came in the meantime."""
+        transport = self._transport
+        assert transport is not None
+        turn = 0
+        try:
+            while True:
+                answer = await respond(frame, self._client)
+                if answer is not None:
+                    self._client.services.counters.bytes_out += len(answer)
+                    transport.write(answer)
+                if self._writable is not None:
+                    await self._writable
+                if not self._ahead or self._draining:
+                    break
+                frame = self._next()
+                turn += 1
+                if turn % _TURN == 0:
+                    await asyncio.sleep(0)
+        except ProtocolError as error:
+            self._refuse(error)
+        except asyncio.CancelledError:
+            transport.abort()
+            raise
+        finally:
+            self._busy = False
+            self._task = None
+        if self._draining:
+            transport.close()
+
+    def _next(self) -> bytes:
+        assert self._ahead is not None
+        assert self._transport is not None
+        frame = self._ahead.popleft()
+        if not self._ahead:
+            self._ahead = None
+            if self._paused:
+                self._paused = False
+                self._transport.resume_reading()
+        return frame
+
+    def _refuse(self, error: ProtocolError) -> None:
+        """The client does not speak the protocol: it alone is closed."""
+        _log.info("closing a connection", peer=self._client.peer, reason=str(error))
+        self._client.services.counters.errors += 1
+        self._ahead = None
+        self._chunks = None
+        if self._transport is not None:
+            self._transport.close()
+
+    def pause_writing(self) -> None:
+        if self._writable is None:
+            self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None:
+            self._writable.set_result(None)
+            self._writable = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ahead = None
+        self._chunks = None
+        if self._writable is not None:
+            self._writable.cancel()
+            self._writable = None
+        if self._task is not None:
+            # Nobody waits for the answer any more: the pool cancels the query.
+            self._task.cancel()
+        self._closed(self)
+
+    def drain(self) -> None:
+        """Finish the request at hand, then close."""
+        self._draining = True
+        if not self._busy and self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close now."""
+        if self._transport is not None:
+            self._transport.abort()

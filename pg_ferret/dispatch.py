@@ -1,0 +1,93 @@
+"""From a frame to the frame that answers it: lookup, gates, and the only place where exceptions become replies."""
+
+from __future__ import annotations
+
+import structlog
+
+import pg_ferret.commands  # noqa: F401  (fills the registry)
+from pg_ferret import codes
+from pg_ferret.engine.sqlstate import command_error
+from pg_ferret.errors import CommandError, EngineError, EngineLostError
+from pg_ferret.registry import COMMANDS, MISSING
+from pg_ferret.state.client import Client
+from pg_ferret.wire import bson
+from pg_ferret.wire.message import Request, parse, reply, reply_head
+
+_log = structlog.get_logger()
+_TRANSACTION_FIELDS = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
+_LEGACY_COMMANDS = frozenset((b"hello", b"isMaster", b"ismaster"))
+
+
+async def respond(frame: bytes, client: Client) -> bytes | None:
+    """The frame that answers ``frame``, or None when the client wants none.
+
+    Raises ProtocolError when the bytes cannot be answered.
+    """
+    counters = client.services.counters
+    counters.requests += 1
+    try:
+        request = parse(frame)
+    except CommandError as error:
+        counters.errors += 1
+        request_id, legacy, silent = reply_head(frame)
+        return None if silent else reply(error_document(error), request_id, legacy)
+    document = await _answer(request, client)
+    if request.silent:
+        return None
+    return reply(document, request.request_id, request.legacy)
+
+
+async def _answer(request: Request, client: Client) -> bytes:
+    counters = client.services.counters
+    counters.in_flight += 1
+    try:
+        command = COMMANDS.get(request.name)
+        if command is None:
+            raise _no_such_command(request.name)
+        if not _TRANSACTION_FIELDS.isdisjoint(request.fields):
+            # Never run as if it were in a transaction: MongoDB's standalone servers refuse in these words.
+            raise CommandError(20, "Transaction numbers are only allowed on a replica set member or mongos")
+        if request.legacy and request.name not in _LEGACY_COMMANDS:
+            raise CommandError(352, f"Unsupported OP_QUERY command: {command.name}")
+        if command.admin_only and request.string(b"$db") != b"admin":
+            raise CommandError(13, f"{command.name} may only be run against the admin database.")
+        return await command.handler(request, client)
+    except CommandError as error:
+        failure = error
+    except (EngineError, EngineLostError) as error:
+        failure = command_error(error)
+        if failure.code == 1:
+            _log.error("the engine failed", command=_printable(request.name), error=str(error))
+    except Exception:
+        _log.exception("a command failed unexpectedly", command=_printable(request.name))
+        failure = CommandError(1, "internal error; see PostgreSQL's log")
+    finally:
+        counters.in_flight -= 1
+    counters.errors += 1
+    return error_document(failure)
+
+
+def _no_such_command(name: bytes) -> CommandError:
+    text = _printable(name)
+    if name in MISSING:
+        return CommandError(238, f"Command {text} is not implemented yet")
+    return CommandError(59, f"no such command: '{text}'")
+
+
+def _printable(name: bytes) -> str:
+    return name[:128].decode("utf-8", "replace")
+
+
+def error_document(error: CommandError) -> bytes:
+    """The reply document of a failed command."""
+    elements = [
+        bson.double(b"ok", 0.0),
+        bson.string(b"errmsg", error.message),
+        bson.int32(b"code", error.code),
+        bson.string(b"codeName", codes.name(error.code)),
+        error.details,
+    ]
+    if error.labels:
+        labels = [bson.string(b"", label)[2:] for label in error.labels]
+        elements.append(bson.array(b"errorLabels", bson.STRING, labels))
+    return bson.document(*elements)

@@ -1,0 +1,1 @@
+"""DocumentDB's functions over libpq: bytes in, bytes out.  No wire format; the only package that imports psycopg."""

@@ -1,0 +1,216 @@
+"""One PostgreSQL connection on the event loop, driven through psycopg's libpq wrapper.
+
+The connection stays in pipeline mode: a batch is [Parse,] Bind, Execute … Sync, sent in one write and answered in
+one read.  One permanent reader serves it.  The pool (pool.py) owns its life; one request at a time uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import psycopg
+from psycopg import pq
+
+from pg_ferret.engine.calls import STATEMENT_TIMEOUT, Call
+from pg_ferret.errors import EngineError, EngineLostError
+
+Params = Sequence[bytes | bytearray | memoryview | None]
+Row = tuple[bytes | None, ...]
+
+_TUPLES_OK = pq.ExecStatus.TUPLES_OK
+_COMMAND_OK = pq.ExecStatus.COMMAND_OK
+_PIPELINE_SYNC = pq.ExecStatus.PIPELINE_SYNC
+_PIPELINE_ABORTED = pq.ExecStatus.PIPELINE_ABORTED
+_BAD = pq.ConnStatus.BAD
+_SQLSTATE = pq.DiagnosticField.SQLSTATE
+_MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
+_CANCEL_SECONDS = 5.0
+
+
+class Backend:
+    """A leased connection.  `execute` is the hot path; everything else is life and death."""
+
+    __slots__ = (
+        "_conn",
+        "_expected",
+        "_loop",
+        "_pg",
+        "_prepared",
+        "_row",
+        "_error",
+        "_socket",
+        "_waiter",
+        "_writing",
+        "idle_since",
+        "lost",
+    )
+
+    def __init__(self, conn: psycopg.AsyncConnection[tuple[object, ...]], loop: asyncio.AbstractEventLoop) -> None:
+        self._conn = conn
+        self._pg = pg = conn.pgconn
+        self._loop = loop
+        self._prepared: set[bytes] = set()
+        self._expected: list[bytes | None] = []  # per result to come: the statement it prepares, or None
+        self._row: Row | None = None
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[Row] | None = None
+        self._writing = False
+        self.lost = False
+        self.idle_since = time.monotonic()
+        pg.enter_pipeline_mode()
+        self._socket = pg.socket
+        loop.add_reader(self._socket, self._readable)
+
+    @property
+    def connection(self) -> psycopg.AsyncConnection[tuple[object, ...]]:
+        """The pool's connection under this lease."""
+        return self._conn
+
+    @property
+    def pid(self) -> int:
+        """The server process's pid."""
+        return self._pg.backend_pid
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is still to come."""
+        return bool(self._expected)
+
+    def execute(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> asyncio.Future[Row]:
+        """Send one call, bounded by ``timeout_ms`` if given; the future gets the first row of its result.
+
+        The future raises EngineError when PostgreSQL refuses, EngineLostError when the connection ends.
+        """
+        self._waiter = waiter = self._loop.create_future()
+        pg = self._pg
+        try:
+            if timeout_ms is not None:
+                self._send(STATEMENT_TIMEOUT, (timeout_ms,))
+            self._send(call, params)
+            pg.pipeline_sync()
+            self._expected.append(None)
+            if pg.flush():
+                self._writing = True
+                self._loop.add_writer(self._socket, self._writable)
+        except psycopg.Error:
+            self._end()
+        return waiter
+
+    def _send(self, call: Call, params: Params) -> None:
+        name = call.name
+        if name not in self._prepared:
+            self._pg.send_prepare(name, call.sql)
+            self._expected.append(name)
+        self._pg.send_query_prepared(name, params, call.formats, 1)
+        self._expected.append(None)
+
+    def _readable(self) -> None:
+        pg = self._pg
+        try:
+            pg.consume_input()
+            while self._expected and not pg.is_busy():
+                result = pg.get_result()
+                if result is None:  # the end of one statement's results
+                    if pg.status == _BAD:
+                        self._end()
+                    continue
+                self._take(result)
+        except psycopg.Error:
+            self._end()
+        else:
+            if pg.status == _BAD:
+                self._end()
+
+    def _take(self, result: pq.abc.PGresult) -> None:
+        status = result.status
+        if status == _TUPLES_OK:
+            self._expected.pop(0)
+            if result.ntuples:
+                get = result.get_value
+                self._row = tuple([get(0, column) for column in range(result.nfields)])
+            else:
+                self._row = ()
+        elif status == _PIPELINE_SYNC:
+            self._expected.clear()
+            self._finish()
+        elif status == _COMMAND_OK:
+            prepared = self._expected.pop(0)
+            if prepared is None:
+                self._row = ()
+            else:
+                self._prepared.add(prepared)
+        elif status == _PIPELINE_ABORTED:
+            self._expected.pop(0)
+        else:
+            self._expected.pop(0)
+            self._error = self._error_of(result)
+
+    def _error_of(self, result: pq.abc.PGresult) -> Exception:
+        sqlstate = result.error_field(_SQLSTATE)
+        message = result.error_field(_MESSAGE)
+        if self._pg.status == _BAD or sqlstate is None:
+            return EngineLostError((message or self._pg.error_message or b"connection lost").decode("utf-8", "replace"))
+        return EngineError(sqlstate.decode("ascii", "replace"), (message or b"").decode("utf-8", "replace"))
+
+    def _finish(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        row, self._row = self._row, None
+        error, self._error = self._error, None
+        if waiter is None or waiter.done():
+            return
+        if error is not None:
+            waiter.set_exception(error)
+        else:
+            waiter.set_result(row if row is not None else ())
+
+    def _writable(self) -> None:
+        try:
+            if self._pg.flush():
+                return
+        except psycopg.Error:
+            self._end()
+        self._stop_writing()
+
+    def _stop_writing(self) -> None:
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._socket)
+
+    def _end(self) -> None:
+        """The connection is gone: tell whoever waits."""
+        if self.lost:
+            return
+        self.detach()
+        self.lost = True
+        self._expected.clear()
+        if self._error is None:
+            text = self._pg.error_message.decode("utf-8", "replace").strip() or "connection to PostgreSQL lost"
+            self._error = EngineLostError(text)
+        elif isinstance(self._error, EngineError):
+            self._error = EngineLostError(self._error.message)
+        self._finish()
+
+    def detach(self) -> None:
+        """Stop watching the socket: the pool takes the connection back."""
+        if not self.lost:
+            self._stop_writing()
+            self._loop.remove_reader(self._socket)
+
+    def leave_pipeline(self) -> None:
+        """Make the connection an ordinary idle one again."""
+        self._pg.exit_pipeline_mode()
+
+    async def cancel(self) -> None:
+        """Ask the server to stop the running call; returns when it has answered or the time is up."""
+        waiter = self._waiter
+        if waiter is None or self.lost:
+            return
+        if waiter.done():  # the caller gave up; watch the end of the batch ourselves
+            self._waiter = waiter = self._loop.create_future()
+        try:
+            await self._conn.cancel_safe(timeout=_CANCEL_SECONDS)
+            await asyncio.wait_for(asyncio.shield(waiter), _CANCEL_SECONDS)
+        except (psycopg.Error, EngineError, EngineLostError, TimeoutError):
+            pass

@@ -1,0 +1,110 @@
+"""The catalogue: every SQL text the gateway sends, once.
+
+Each call is prepared on a connection when it is first used there, in the same round trip.  ``formats`` says how
+the parameters are sent: 0 as text, 1 as the type's binary form, which for ``bson`` is the document itself.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+TEXT: Final = 0
+BINARY: Final = 1
+
+# Shapes of parameters.
+_BSON = (BINARY,)
+_DB_BSON = (TEXT, BINARY)
+_DB_BSON_BSON = (TEXT, BINARY, BINARY)
+_DB_TEXT = (TEXT, TEXT)
+
+
+class Call(NamedTuple):
+    """One statement: its name as a prepared statement, its text, its parameters' formats."""
+
+    name: bytes
+    sql: bytes
+    formats: tuple[int, ...]
+
+
+def _call(name: str, sql: str, formats: tuple[int, ...]) -> Call:
+    return Call(name.encode(), sql.encode(), formats)
+
+
+_FIRST_PAGE = "SELECT cursorpage, continuation FROM documentdb_api.{}_cursor_first_page($1, $2, $3)"
+
+# (db, spec, cursor id) -> page, continuation or NULL
+FIND = _call("find", _FIRST_PAGE.format("find"), (TEXT, BINARY, TEXT))
+AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate"), (TEXT, BINARY, TEXT))
+# (db, spec) -> page: these come whole
+LIST_COLLECTIONS = _call(
+    "list_collections", "SELECT cursorpage FROM documentdb_api.list_collections_cursor_first_page($1, $2)", _DB_BSON
+)
+LIST_INDEXES = _call(
+    "list_indexes", "SELECT cursorpage FROM documentdb_api.list_indexes_cursor_first_page($1, $2)", _DB_BSON
+)
+# (db, spec, continuation) -> page, continuation or NULL
+GET_MORE = _call(
+    "get_more", "SELECT cursorpage, continuation FROM documentdb_api.cursor_get_more($1, $2, $3)", _DB_BSON_BSON
+)
+# (bigint[]) -> nothing of use
+DELETE_CURSORS = _call("delete_cursors", "SELECT documentdb_api_internal.delete_cursors($1)", (TEXT,))
+
+# (db, spec, documents or NULL) -> reply, whether all went well
+_WRITE = "SELECT p_result, p_success FROM documentdb_api.{}($1, $2, $3, NULL)"
+INSERT = _call("insert", _WRITE.format("insert"), _DB_BSON_BSON)
+UPDATE = _call("update", _WRITE.format("update"), _DB_BSON_BSON)
+DELETE = _call("delete", _WRITE.format("delete"), _DB_BSON_BSON)
+FIND_AND_MODIFY = _call(
+    "find_and_modify", "SELECT p_result, p_success FROM documentdb_api.find_and_modify($1, $2, NULL)", _DB_BSON
+)
+
+# (db, spec) -> reply
+COUNT = _call("count", "SELECT document FROM documentdb_api.count_query($1, $2)", _DB_BSON)
+DISTINCT = _call("distinct", "SELECT document FROM documentdb_api.distinct_query($1, $2)", _DB_BSON)
+VALIDATE = _call("validate", "SELECT documentdb_api.validate($1, $2)", _DB_BSON)
+CREATE = _call("create", "SELECT documentdb_api.create_collection_view($1, $2)", _DB_BSON)
+# (db, collection, spec) -> reply
+COLL_MOD = _call("coll_mod", "SELECT documentdb_api.coll_mod($1, $2, $3)", (TEXT, TEXT, BINARY))
+# (spec) -> reply
+RENAME_COLLECTION = _call("rename_collection", "SELECT documentdb_api.rename_collection($1)", _BSON)
+LIST_DATABASES = _call("list_databases", "SELECT documentdb_api.list_databases($1)", _BSON)
+# (db, collection) -> bool; (db) -> void
+DROP_COLLECTION = _call("drop_collection", "SELECT documentdb_api.drop_collection($1, $2)", _DB_TEXT)
+DROP_DATABASE = _call("drop_database", "SELECT documentdb_api.drop_database($1)", (TEXT,))
+# (db, collection, scale), (db, scale, free storage) -> reply
+COLL_STATS = _call("coll_stats", "SELECT documentdb_api.coll_stats($1, $2, $3)", (TEXT, TEXT, TEXT))
+DB_STATS = _call("db_stats", "SELECT documentdb_api.db_stats($1, $2, $3)", (TEXT, TEXT, TEXT))
+
+# (db, spec) -> reply, whether it went well, requests of builds to wait for
+CREATE_INDEXES = _call(
+    "create_indexes",
+    "SELECT retval, ok, requests FROM documentdb_api.create_indexes_background($1, $2)",
+    _DB_BSON,
+)
+BUILD_INDEX = _call("build_index", "CALL documentdb_api_internal.build_index_concurrently(1)", ())
+# (requests) -> reply, whether it went well, whether it is over
+INDEX_STATUS = _call(
+    "index_status",
+    "SELECT retval, ok, complete FROM documentdb_api_internal.check_build_index_status($1)",
+    _BSON,
+)
+# (index id) -> name, key
+INDEX_BY_ID = _call(
+    "index_by_id",
+    "SELECT (index_spec).index_name, (index_spec).index_key"
+    " FROM documentdb_api_catalog.collection_indexes WHERE index_id = $1",
+    (TEXT,),
+)
+# (db, spec) -> reply
+DROP_INDEXES = _call("drop_indexes", "CALL documentdb_api.drop_indexes($1, $2, NULL)", _DB_BSON)
+
+# Housekeeping.
+DELETE_EXPIRED_ROWS = _call("delete_expired_rows", "CALL documentdb_api_internal.delete_expired_rows(-1)", ())
+# (idle seconds) -> nothing of use
+CURSOR_DIRECTORY_CLEANUP = _call(
+    "cursor_directory_cleanup", "SELECT documentdb_api_internal.cursor_directory_cleanup($1)", (TEXT,)
+)
+# (milliseconds): bounds the call that follows it in the same batch
+STATEMENT_TIMEOUT = _call(
+    "statement_timeout", "SELECT pg_catalog.set_config('statement_timeout', $1, true)", (TEXT,)
+)

@@ -1,0 +1,217 @@
+"""Which connection serves the next call.
+
+psycopg_pool opens, checks, backs off and replaces connections; this pool leases them from it for as long as they
+are of use and hands them to requests last in, first out, so that few backends stay warm.  A request that finds none
+free waits in line, for at most ``ferretdb.query_wait_timeout``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+
+import psycopg
+import psycopg_pool
+import structlog
+
+from pg_ferret.engine.backend import Backend, Params, Row
+from pg_ferret.engine.calls import Call
+from pg_ferret.errors import CommandError, EngineLostError
+
+_IDLE_SECONDS = 600.0
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """One worker's share."""
+
+    smallest: int  # connections kept open
+    largest: int  # connections never exceeded
+    wait_seconds: float | None  # how long a request may wait for one; None: for ever
+
+
+class Pool:
+    """The worker's connections to PostgreSQL."""
+
+    def __init__(self, conninfo: str, limits: Limits) -> None:
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._idle: list[Backend] = []
+        self._all: set[Backend] = set()
+        self._waiting: deque[asyncio.Future[Backend]] = deque()
+        self._growing = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._source = psycopg_pool.AsyncConnectionPool(
+            conninfo,
+            min_size=limits.smallest,
+            max_size=max(limits.largest, limits.smallest, 1),
+            kwargs={"autocommit": True},
+            open=False,
+            reconnect_timeout=30.0,
+            max_idle=_IDLE_SECONDS,
+        )
+
+    @property
+    def size(self) -> int:
+        """Connections leased."""
+        return len(self._all)
+
+    @property
+    def in_use(self) -> int:
+        """Connections that serve a request now."""
+        return len(self._all) - len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return len(self._waiting)
+
+    async def open(self) -> None:
+        """Start connecting; returns at once."""
+        await self._source.open(wait=False)
+        for _ in range(self._limits.smallest):
+            self._grow()
+
+    async def close(self) -> None:
+        """Give every connection back and close it."""
+        self._closed = True
+        for task in tuple(self._tasks):
+            task.cancel()
+        for backend in tuple(self._all):
+            await self._give_back(backend)
+        await self._source.close()
+
+    async def resize(self, limits: Limits) -> None:
+        """Live under new limits; connections above them go when they are next idle."""
+        self._limits = limits
+        await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1))
+        for _ in range(limits.smallest - len(self._all) - self._growing):
+            self._grow()
+        self._pump()
+
+    async def call(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> Row:
+        """The first row of the call's result.
+
+        Raises EngineError, EngineLostError, or CommandError when no connection came free in time.
+        """
+        backend = self._idle.pop() if self._idle else await self._wait()
+        try:
+            return await backend.execute(call, params, timeout_ms)
+        finally:
+            self._release(backend)
+
+    def _wait(self) -> asyncio.Future[Backend]:
+        waiter: asyncio.Future[Backend] = self._loop.create_future()
+        self._waiting.append(waiter)
+        self._grow()
+        seconds = self._limits.wait_seconds
+        if seconds is not None:
+            timer = self._loop.call_later(seconds, self._give_up, waiter)
+            waiter.add_done_callback(lambda _: timer.cancel())
+        return waiter
+
+    def _give_up(self, waiter: asyncio.Future[Backend]) -> None:
+        if waiter.done():
+            return
+        self._waiting.remove(waiter)
+        # ExceededTimeLimit is in the drivers' list of retryable errors.
+        waiter.set_exception(
+            CommandError(262, "no PostgreSQL connection came free in time (ferretdb.query_wait_timeout)")
+        )
+
+    def _release(self, backend: Backend) -> None:
+        if backend.busy:
+            self._spawn(self._recover(backend))
+        elif backend.lost:
+            self._discard(backend)
+        elif self._closed or len(self._all) > self._limits.largest:
+            self._spawn(self._give_back(backend))
+        else:
+            self._offer(backend)
+
+    def _offer(self, backend: Backend) -> None:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(backend)
+                return
+        backend.idle_since = time.monotonic()
+        self._idle.append(backend)
+
+    def _pump(self) -> None:
+        """Give idle connections to those in line."""
+        while self._waiting and self._idle:
+            self._offer(self._idle.pop())
+
+    async def _recover(self, backend: Backend) -> None:
+        """The client went away in the middle of a call: cancel it, and keep the connection if it listens."""
+        await backend.cancel()
+        if backend.busy:
+            _log.warning("a query ignores its cancel request; its connection is replaced", backend_pid=backend.pid)
+            await self._give_back(backend)
+            self._grow_if_needed()
+        else:
+            self._release(backend)
+
+    def _grow_if_needed(self) -> None:
+        if not self._closed and (self._waiting or len(self._all) + self._growing < self._limits.smallest):
+            self._grow()
+
+    def _grow(self) -> None:
+        if len(self._all) + self._growing < self._limits.largest and not self._closed:
+            self._growing += 1
+            self._spawn(self._lease())
+
+    async def _lease(self) -> None:
+        try:
+            connection = await self._source.getconn()
+        except (psycopg_pool.PoolTimeout, psycopg.Error) as error:
+            _log.warning("cannot connect to PostgreSQL", error=str(error).strip())
+            self._growing -= 1
+            self._grow_if_needed()
+            return
+        except asyncio.CancelledError:
+            self._growing -= 1
+            raise
+        self._growing -= 1
+        backend = Backend(connection, self._loop)
+        self._all.add(backend)
+        self._offer(backend)
+
+    def _discard(self, backend: Backend) -> None:
+        """A connection that is gone: psycopg_pool learns of it and opens another."""
+        if backend in self._all:
+            self._spawn(self._give_back(backend))
+
+    async def _give_back(self, backend: Backend) -> None:
+        if backend not in self._all:
+            return
+        self._all.discard(backend)
+        if backend in self._idle:
+            self._idle.remove(backend)
+        broken = backend.lost or backend.busy
+        backend.detach()
+        if broken:
+            await backend.connection.close()
+        else:
+            backend.leave_pipeline()
+        await self._source.putconn(backend.connection)
+        self._grow_if_needed()
+
+    async def tend(self) -> None:
+        """Once in a while: let go what is lost and what has been idle for long."""
+        limit = time.monotonic() - _IDLE_SECONDS
+        for backend in tuple(self._idle):
+            spare = len(self._all) > self._limits.smallest and backend.idle_since < limit
+            if backend.lost or spare:
+                await self._give_back(backend)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

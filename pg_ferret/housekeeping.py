@@ -1,0 +1,74 @@
+"""What has to be done now and then for all workers, by one of them.
+
+DocumentDB leaves these jobs to pg_cron; here whichever worker holds the lock does them, so that they also run where
+pg_cron cannot connect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import structlog
+
+from pg_ferret.commands.cursors import end
+from pg_ferret.engine import calls
+from pg_ferret.errors import CommandError, EngineError, EngineLostError
+from pg_ferret.state.client import Services
+
+_TTL_SECONDS = 60.0
+_LONGEST_PAUSE = 15.0
+# A file whose registry entry is gone (its worker died between the two) may lie this long: noCursorTimeout cursors,
+# which must not be taken for one, are seldom idle for a day.
+_ORPHAN_SECONDS = b"86400"
+_log = structlog.get_logger()
+
+
+class Housekeeper:
+    """A task of every worker; the kernel frees the lock of one that dies, and the next one goes on."""
+
+    def __init__(self, services: Services, place: Path) -> None:
+        self._services = services
+        self._rows_expired_at = 0.0
+        self._lock = os.open(place / "housekeeper", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        """Give up the lock."""
+        os.close(self._lock)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(self._pause())
+            if self._mine() and self._services.config.server.documentdb is not None:
+                try:
+                    await self._tidy()
+                except (CommandError, EngineError, EngineLostError) as error:
+                    _log.warning("housekeeping failed and will be tried again", error=str(error))
+
+    def _pause(self) -> float:
+        """Expired cursors linger for at most a quarter of their time."""
+        return float(min(self._services.config.settings.cursor_timeout / 4000, _LONGEST_PAUSE))
+
+    def _mine(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    async def _tidy(self) -> None:
+        services = self._services
+        expired = services.cursors.expired()
+        if expired:
+            await end(expired, services)
+            _log.debug("cursors expired", cursors=len(expired))
+        now = time.monotonic()
+        if now - self._rows_expired_at >= _TTL_SECONDS:
+            self._rows_expired_at = now
+            if not services.config.server.in_recovery:
+                await services.engine.call(calls.DELETE_EXPIRED_ROWS, ())
+            await services.engine.call(calls.CURSOR_DIRECTORY_CLEANUP, (_ORPHAN_SECONDS,))

@@ -1,0 +1,105 @@
+"""Accepting clients on sockets that all workers share, so that every worker gets its fair part of them.
+
+The kernel wakes all workers for a new client and the quickest wins, which alone would give one worker most of the
+long-lived connections.  So each worker publishes how many it has, and one that is ahead of the least loaded steps
+back for a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+
+import structlog
+
+from pg_ferret.status import Kind, Slot, State, StatusTable
+
+_log = structlog.get_logger()
+_STEP_BACK_SECONDS = 0.005
+_OUT_OF_DESCRIPTORS_SECONDS = 1.0
+# Clients taken before the loop turns to those it has.
+_AT_ONCE = 8
+# A worker that has not beaten for so long takes nobody, so nobody waits for it.
+_STALE_SECONDS = 1.0
+
+
+class Listener:
+    """One listening socket in one worker; ``accepted`` gets each new connection's socket."""
+
+    def __init__(
+        self,
+        address: str,
+        listening: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        balance: Balance,
+        accepted: Callable[[socket.socket], None],
+    ) -> None:
+        self.address = address
+        self._socket = listening
+        self._loop = loop
+        self._balance = balance
+        self._accepted = accepted
+        self._timer: asyncio.TimerHandle | None = None
+        self._resume()
+
+    def _resume(self) -> None:
+        self._timer = None
+        self._loop.add_reader(self._socket.fileno(), self._accept)
+
+    def _pause(self, seconds: float) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._timer = self._loop.call_later(seconds, self._resume)
+
+    def _accept(self) -> None:
+        for _ in range(_AT_ONCE):
+            if self._balance.ahead():
+                self._pause(_STEP_BACK_SECONDS)
+                return
+            try:
+                client, _ = self._socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                _log.warning("cannot accept a client", address=self.address, error=error.strerror)
+                self._pause(_OUT_OF_DESCRIPTORS_SECONDS)
+                return
+            client.setblocking(False)
+            self._accepted(client)
+
+    def close(self) -> None:
+        """Stop accepting; the other workers' sockets stay open."""
+        if self._timer is not None:
+            self._timer.cancel()
+        else:
+            self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+
+
+class Balance:
+    """Whose turn it is to accept."""
+
+    def __init__(self, status: StatusTable, slot: int) -> None:
+        self._status = status
+        self._mine = status[slot]
+        self._slot = slot
+
+    def _takes_clients(self, other: Slot) -> bool:
+        return (
+            other.get("kind") == Kind.WORKER
+            and other.get("state") == State.READY
+            and other.heartbeat_age() < _STALE_SECONDS
+        )
+
+    def ahead(self) -> bool:
+        """Whether this worker has clearly more clients than the least loaded one."""
+        mine = self._mine.get("connections")
+        if not mine:
+            return False
+        least = min(
+            (slot.get("connections") for slot in self._status.slots[1:] if self._takes_clients(slot)), default=mine
+        )
+        return mine > least + least // 16

@@ -1,0 +1,273 @@
+"""A worker: one event loop, the sockets it was given, its share of connections to PostgreSQL.
+
+The supervisor calls `serve` in a freshly forked process and talks to it through the control socket and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+from dataclasses import dataclass
+
+import psycopg.conninfo
+import structlog
+import uvloop
+
+from config.settings import Config
+from pg_ferret import log
+from pg_ferret.connection import Connection
+from pg_ferret.engine.pool import Limits, Pool
+from pg_ferret.housekeeping import Housekeeper
+from pg_ferret.listener import Balance, Listener
+from pg_ferret.state import directory
+from pg_ferret.state.client import Client, Services
+from pg_ferret.state.cursors import Cursors
+from pg_ferret.status import State, StatusTable
+
+_log = structlog.get_logger()
+_BEAT_SECONDS = 0.25
+_TEND_SECONDS = 30.0
+_CONTROL_BYTES = 1 << 18
+_MAX_LISTENERS = 250
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# Connections of PostgreSQL that the pool leaves to others, beside the reserved ones.
+_LEFT_TO_OTHERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What the supervisor gives a worker at its birth."""
+
+    slot: int
+    config: Config
+    listeners: dict[str, socket.socket]  # address as written -> listening socket
+    control: socket.socket  # SEQPACKET: the new configuration, with the sockets that belong to it
+    status: StatusTable
+    channel: socket.socket  # to the launcher, for log lines
+
+
+def serve(boot: Boot) -> int:
+    """Serve until SIGTERM and the end of the drain; returns the exit status."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(Worker(boot).run())
+    return 0
+
+
+def pool_limits(config: Config) -> Limits:
+    """One worker's share of the connections to PostgreSQL."""
+    settings, server = config.settings, config.server
+    workers = max(1, settings.worker_count())
+    reserved = server.superuser_reserved_connections + server.reserved_connections + _LEFT_TO_OTHERS
+    largest = max(1, min(settings.pool_max_conns, server.max_connections - reserved) // workers)
+    smallest = min(largest, -(-settings.pool_min_conns // workers))
+    wait = settings.query_wait_timeout / 1000 if settings.query_wait_timeout else None
+    return Limits(smallest, largest, wait)
+
+
+def conninfo(config: Config) -> str:
+    """How a worker reaches the engine: the server's own Unix socket, as the server's own user."""
+    server = config.server
+    host = server.socket_directory()
+    options = {
+        # What users need and DocumentDB leaves off.
+        "documentdb.useFileBasedPersistedCursors": "on",
+        "documentdb_core.enableCollation": "on",
+        # createIndexes makes the backend connect to itself; TCP would need a password.
+        "documentdb.localhost_connection_string": f"host={host}",
+        # A NOTICE for every collection made implicitly helps nobody.
+        "client_min_messages": "warning",
+        # What a DBA set for people at a prompt is not meant for a pool.
+        "statement_timeout": "0",
+        "idle_session_timeout": "0",
+    }
+    # Backslash and blank are the two characters that libpq's options must escape.
+    escaped = {name: value.replace("\\", "\\\\").replace(" ", "\\ ") for name, value in options.items()}
+    return psycopg.conninfo.make_conninfo(
+        host=host,
+        port=server.port,
+        dbname=server.database,
+        user=server.user,
+        application_name="pg_ferret",
+        options=" ".join(f"-c {name}={value}" for name, value in escaped.items()),
+        client_encoding="UTF8",
+        connect_timeout=10,
+    )
+
+
+class Worker:
+    """The process's one object: starts, beats, changes its configuration, drains."""
+
+    def __init__(self, boot: Boot) -> None:
+        self._boot = boot
+        self._slot = boot.status[boot.slot]
+        self._clients: set[Connection] = set()
+        self._arriving: set[asyncio.Task[None]] = set()
+        self._listeners: dict[str, Listener] = {}
+        self._accepted = 0
+        self._stop = asyncio.Event()
+        self._gone = asyncio.Event()
+
+    async def run(self) -> None:
+        """From birth to the end of the drain."""
+        boot = self._boot
+        self._loop = loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        place = directory.path(boot.config)
+        pool = Pool(conninfo(boot.config), pool_limits(boot.config))
+        self._services = Services(boot.config, pool, Cursors(place), boot.status, boot.slot)
+        self._balance = Balance(boot.status, boot.slot)
+        await pool.open()
+        keeper = Housekeeper(self._services, place)
+        tasks = [loop.create_task(work) for work in (keeper.run(), self._tend())]
+        self._beat()
+        loop.add_reader(boot.control.fileno(), self._controlled)
+        self._listen(boot.listeners)
+        self._slot.set(state=State.READY)
+        _log.info("ready")
+        await self._stop.wait()
+        await self._drain()
+        for task in tasks:
+            task.cancel()
+        keeper.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(pool.close(), 1.0)
+        self._services.cursors.close()
+
+    # Clients.
+
+    def _listen(self, sockets: dict[str, socket.socket]) -> None:
+        """Accept on exactly these sockets."""
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners = {
+            address: Listener(address, listening, self._loop, self._balance, self._welcome)
+            for address, listening in sockets.items()
+        }
+
+    def _welcome(self, accepted: socket.socket) -> None:
+        connections = sum(slot.get("connections") for slot in self._boot.status.slots[1:])
+        if connections >= self._services.config.settings.max_connections:
+            _log.warning("too many clients (ferretdb.max_connections)", connections=connections)
+            accepted.close()
+            return
+        self._accepted += 1
+        self._count(+1)
+        # Unique among the connections that are open at the same time.
+        connection_id = (self._accepted * len(self._boot.status) + self._boot.slot) & 0x7FFFFFFF
+        client = Client(self._services, connection_id, _peer(accepted))
+        connection = Connection(client, self._loop, self._left)
+        self._clients.add(connection)
+        task = self._loop.create_task(self._attach(connection, accepted))
+        self._arriving.add(task)
+        task.add_done_callback(self._arriving.discard)
+
+    async def _attach(self, connection: Connection, accepted: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(lambda: connection, accepted)
+        except OSError:
+            accepted.close()
+            self._left(connection)
+
+    def _left(self, connection: Connection) -> None:
+        if connection not in self._clients:
+            return
+        self._clients.discard(connection)
+        self._count(-1)
+        if not self._clients and self._stop.is_set():
+            self._gone.set()
+
+    def _count(self, change: int) -> None:
+        # At once, not with the next heartbeat: the balance between workers depends on it.
+        self._slot.set(connections=self._slot.get("connections") + change)
+
+    async def _drain(self) -> None:
+        """Accept nobody, let requests finish, then close everything."""
+        self._slot.set(state=State.DRAINING)
+        self._listen({})
+        seconds = self._services.config.settings.graceful_timeout / 1000
+        for connection in tuple(self._clients):
+            connection.drain()
+        if self._clients:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gone.wait(), seconds)
+        for connection in tuple(self._clients):
+            connection.abort()
+        self._slot.set(state=State.STOPPING)
+
+    # The supervisor.
+
+    def _controlled(self) -> None:
+        """A new configuration, or the end of the supervisor."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._boot.control, _CONTROL_BYTES, _MAX_LISTENERS)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data, descriptors = b"", []
+        if not data:
+            self._loop.remove_reader(self._boot.control.fileno())
+            self._stop.set()
+            return
+        message = json.loads(data)
+        sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        for inherited in sockets:
+            inherited.setblocking(False)
+        if not self._stop.is_set():
+            self._listen(dict(zip(message["listeners"], sockets, strict=True)))
+        self._configure(Config.from_json(json.dumps(message["config"])))
+
+    def _configure(self, config: Config) -> None:
+        services = self._services
+        services.config = config
+        log.configure(self._boot.channel, config.settings.log_level, f"worker {self._boot.slot}")
+        task = self._loop.create_task(services.engine.resize(pool_limits(config)))
+        self._arriving.add(task)
+        task.add_done_callback(self._arriving.discard)
+
+    # The status table.
+
+    def _beat(self) -> None:
+        """Tell that the loop turns, and what it has done."""
+        services = self._services
+        counters, engine = services.counters, services.engine
+        self._slot.set(
+            connections_total=self._accepted,
+            requests=counters.requests,
+            errors=counters.errors,
+            in_flight=counters.in_flight,
+            bytes_in=counters.bytes_in,
+            bytes_out=counters.bytes_out,
+            cursors=services.cursors.count(),
+            pool_size=engine.size,
+            pool_in_use=engine.in_use,
+            pool_waiting=engine.waiting,
+            rss=_resident_bytes(),
+        )
+        self._slot.beat()
+        self._loop.call_later(_BEAT_SECONDS, self._beat)
+
+    async def _tend(self) -> None:
+        while True:
+            await asyncio.sleep(_TEND_SECONDS)
+            await self._services.engine.tend()
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * _PAGE_BYTES
+
+
+def _peer(accepted: socket.socket) -> str:
+    if accepted.family == socket.AF_UNIX:
+        return str(accepted.getsockname())
+    try:
+        host, port, *_ = accepted.getpeername()
+    except OSError:
+        return "unknown"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,51 @@
+"""What a handler may touch: the client it answers and the services of the worker it runs in."""
+
+from __future__ import annotations
+
+import time
+
+from config.settings import Config
+from pg_ferret.engine.pool import Pool
+from pg_ferret.state.cursors import Cursors
+from pg_ferret.status import StatusTable
+
+
+class Counters:
+    """What this worker has done since it started; copied into its status slot with each heartbeat."""
+
+    __slots__ = ("accepted", "bytes_in", "bytes_out", "errors", "in_flight", "requests")
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.requests = 0
+        self.errors = 0
+        self.in_flight = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+
+class Services:
+    """One worker's share of everything."""
+
+    __slots__ = ("config", "counters", "cursors", "engine", "slot", "started", "status")
+
+    def __init__(self, config: Config, engine: Pool, cursors: Cursors, status: StatusTable, slot: int) -> None:
+        self.config = config  # replaced by the server when the configuration changes
+        self.engine = engine
+        self.cursors = cursors
+        self.status = status
+        self.slot = slot
+        self.counters = Counters()
+        self.started = time.time()
+
+
+class Client:
+    """One client connection."""
+
+    __slots__ = ("connection_id", "peer", "services", "user")
+
+    def __init__(self, services: Services, connection_id: int, peer: str) -> None:
+        self.services = services
+        self.connection_id = connection_id
+        self.peer = peer  # host:port, or the path of the Unix socket
+        self.user = b""  # nobody: there is no authentication yet

@@ -1,0 +1,156 @@
+"""The registry of open cursors: one LMDB environment that every worker maps.
+
+A cursor is its continuation, which any connection of any worker can hand to the engine, so a cursor outlives the
+worker that opened it.  Readers see committed records without locks; a writer killed in the middle leaves the last
+committed state (LMDB's mutex is robust).  Nothing is synced to disk: the registry ends with the postmaster.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from struct import Struct
+from typing import Final, NamedTuple
+
+import lmdb
+
+from pg_ferret.errors import CommandError
+
+_MAP_BYTES: Final = 1 << 30
+# JavaScript drivers read ids as doubles: 53 bits are all that is safe.
+_ID_BITS: Final = 53
+_KEY = Struct(">Q")
+_HEAD = Struct("<dHHB")  # expiry (Unix seconds; infinity: never), lengths of namespace and user, length of session id
+_SWEEP_AT_MOST: Final = 10_000
+
+
+class Cursor(NamedTuple):
+    """What is needed to go on with a cursor."""
+
+    namespace: bytes
+    user: bytes
+    session: bytes  # the 16 bytes of the session's UUID, or empty
+    expires: float  # Unix seconds; infinity for noCursorTimeout
+    continuation: bytes
+
+
+def new_id() -> int:
+    """A fresh, unguessable, non-zero id."""
+    return secrets.randbits(_ID_BITS) or 1
+
+
+class Cursors:
+    """All open cursors; the methods take microseconds and never wait for I/O."""
+
+    def __init__(self, place: Path) -> None:
+        self._env = lmdb.open(
+            str(place / "cursors.mdb"),
+            subdir=False,
+            map_size=_MAP_BYTES,
+            max_dbs=2,
+            max_readers=2048,
+            sync=False,
+            metasync=False,
+            mode=0o600,
+        )
+        self._env.reader_check()
+        self._by_id = self._env.open_db(b"by_id")
+        self._by_session = self._env.open_db(b"by_session", dupsort=True, dupfixed=True)
+
+    def count(self) -> int:
+        """How many cursors are open."""
+        with self._env.begin(db=self._by_id) as transaction:
+            return int(transaction.stat()["entries"])
+
+    def open(self, cursor_id: int, cursor: Cursor) -> None:
+        """Remember a new cursor; raises CommandError when the registry is full."""
+        key = _KEY.pack(cursor_id)
+        try:
+            with self._env.begin(write=True, db=self._by_id) as transaction:
+                transaction.put(key, _pack(cursor))
+                if cursor.session:
+                    transaction.put(cursor.session, key, db=self._by_session)
+        except lmdb.MapFullError:
+            raise CommandError(146, "too many open cursors") from None
+
+    def advance(self, cursor_id: int, cursor: Cursor) -> bool:
+        """Store a cursor's new continuation and expiry, unless it was killed meanwhile; tells whether it lives."""
+        key = _KEY.pack(cursor_id)
+        try:
+            with self._env.begin(write=True, db=self._by_id) as transaction:
+                if transaction.get(key) is None:
+                    return False
+                transaction.put(key, _pack(cursor))
+        except lmdb.MapFullError:
+            raise CommandError(146, "too many open cursors") from None
+        return True
+
+    def get(self, cursor_id: int) -> Cursor | None:
+        """The cursor, or None if it is unknown or has expired."""
+        with self._env.begin(db=self._by_id, buffers=False) as transaction:
+            record = transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))
+        if record is None:
+            return None
+        cursor = _unpack(record)
+        return cursor if cursor.expires > time.time() else None
+
+    def remove(self, cursor_ids: list[int]) -> list[int]:
+        """Forget cursors; returns those that were known."""
+        gone = []
+        with self._env.begin(write=True, db=self._by_id) as transaction:
+            for cursor_id in cursor_ids:
+                key = _KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF)
+                record = transaction.pop(key)
+                if record is None:
+                    continue
+                gone.append(cursor_id)
+                session = _unpack(record).session
+                if session:
+                    transaction.delete(session, key, db=self._by_session)
+        return gone
+
+    def of_sessions(self, sessions: list[bytes]) -> list[int]:
+        """The ids of the cursors that were opened in any of these sessions."""
+        found: list[int] = []
+        with self._env.begin(db=self._by_session) as transaction, transaction.cursor() as walk:
+            for session in sessions:
+                if walk.set_key(session):
+                    found.extend(_KEY.unpack(key)[0] for key in walk.iternext_dup())
+        return found
+
+    def expired(self) -> list[int]:
+        """The ids of cursors whose time is up, a bounded number at a time."""
+        now = time.time()
+        found: list[int] = []
+        with self._env.begin(db=self._by_id) as transaction, transaction.cursor() as walk:
+            for key, record in walk:
+                if _HEAD.unpack_from(record)[0] <= now:
+                    found.append(_KEY.unpack(key)[0])
+                    if len(found) >= _SWEEP_AT_MOST:
+                        break
+        return found
+
+    def close(self) -> None:
+        """Unmap the registry; it goes on to exist for the other workers."""
+        self._env.close()
+
+
+def _pack(cursor: Cursor) -> bytes:
+    head = _HEAD.pack(cursor.expires, len(cursor.namespace), len(cursor.user), len(cursor.session))
+    return b"".join((head, cursor.namespace, cursor.user, cursor.session, cursor.continuation))
+
+
+def _unpack(record: bytes) -> Cursor:
+    expires, namespace_end, user_size, session_size = _HEAD.unpack_from(record)
+    start = _HEAD.size
+    namespace_end += start
+    user_end = namespace_end + user_size
+    session_end = user_end + session_size
+    return Cursor(
+        record[start:namespace_end],
+        record[namespace_end:user_end],
+        record[user_end:session_end],
+        expires,
+        record[session_end:],
+    )

@@ -1,0 +1,52 @@
+"""The private directory that holds the workers' shared state.
+
+It lives in memory (/dev/shm) unless ``ferretdb.state_dir`` says otherwise.  What is in it belongs to one run of the
+postmaster, as the engine's cursor files do, and is wiped when that changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from config.settings import Config
+from pg_ferret.errors import StateDirError
+
+_IDENTITY = "postmaster"
+
+
+def path(config: Config) -> Path:
+    """Where the state is: one directory per data directory, so that several servers can share a machine."""
+    own = hashlib.sha256(os.fsencode(os.path.realpath(config.server.data_directory))).hexdigest()[:16]
+    return Path(config.settings.state_dir or "/dev/shm") / f"pg_ferret.{own}"
+
+
+def prepare(config: Config) -> Path:
+    """Make the directory ready for the workers of this postmaster; called before they are forked.
+
+    Raises StateDirError when it cannot be made or belongs to somebody else.
+    """
+    place = path(config)
+    identity = f"{config.server.data_directory}\n{config.server.started}\n"
+    try:
+        _make_private(place)
+        known = place / _IDENTITY
+        if not known.exists() or known.read_text() != identity:
+            shutil.rmtree(place)
+            _make_private(place)
+            known.write_text(identity)
+    except OSError as error:
+        raise StateDirError(f"ferretdb.state_dir: {place}: {error.strerror or error}") from error
+    return place
+
+
+def _make_private(place: Path) -> None:
+    place.mkdir(mode=0o700, parents=False, exist_ok=True)
+    found = place.lstat()
+    # /dev/shm is open to all: somebody may have made the directory before us, to read our cursors.
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise PermissionError(1, "belongs to another user")
+    place.chmod(0o700)

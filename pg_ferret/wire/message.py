@@ -1,0 +1,190 @@
+"""Frames to requests, reply documents to frames.
+
+OP_MSG and OP_QUERY as in the manual's "MongoDB Wire Protocol" and the driver specification message/OP_MSG.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+import crc32c
+
+from pg_ferret.errors import ProtocolError
+from pg_ferret.wire import bson
+
+HEADER_BYTES: Final = 16
+MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
+MAX_MESSAGE_BYTES: Final = 48_000_000
+OP_REPLY: Final = 1
+OP_QUERY: Final = 2004
+OP_MSG: Final = 2013
+
+CHECKSUM_PRESENT: Final = 1
+MORE_TO_COME: Final = 2
+# The lower 16 flag bits must be understood; exhaustAllowed, bit 16, may be ignored.
+_UNKNOWN_REQUIRED: Final = 0xFFFF & ~(CHECKSUM_PRESENT | MORE_TO_COME)
+
+_uint32 = Struct("<I").unpack_from
+_int32 = Struct("<i").unpack_from
+_HEAD = Struct("<iiii").unpack_from
+_REPLY_HEAD = Struct("<iiiiiB").pack  # OP_MSG: length, id, answered id, opcode, flags, section kind 0
+_LEGACY_HEAD = Struct("<iiiiiqii").pack  # OP_REPLY: …, flags, cursor id, starting from, number of documents
+
+
+def frame_length(head: bytes | bytearray | memoryview) -> int:
+    """The length in bytes that a message header (at least its first 4 bytes) claims.
+
+    Raises ProtocolError for a length that no message may have, before anything is allocated for it.
+    """
+    length: int = _int32(head)[0]
+    if not HEADER_BYTES <= length <= MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message length {length} is not between {HEADER_BYTES} and {MAX_MESSAGE_BYTES}")
+    return length
+
+
+class Request:
+    """One command as it came: the frame, where its body is, and where the body's top-level fields are."""
+
+    __slots__ = ("end", "fields", "frame", "legacy", "name", "request_id", "sequences", "silent", "start")
+
+    frame: bytes
+    request_id: int
+    start: int  # the body document is frame[start:end]
+    end: int
+    name: bytes  # the command: the first field's name
+    fields: dict[bytes, bson.Span]
+    sequences: dict[bytes, memoryview]  # kind-1 sections: field name -> documents, one behind the other
+    silent: bool  # moreToCome: the client does not read a reply
+    legacy: bool  # OP_QUERY: answered by OP_REPLY
+
+    @property
+    def body(self) -> memoryview:
+        """The command document's bytes."""
+        return memoryview(self.frame)[self.start : self.end]
+
+    def string(self, name: bytes) -> bytes | None:
+        """The UTF-8 bytes of a string field; None if the field is missing or is no string."""
+        span = self.fields.get(name)
+        return None if span is None else bson.read_string(self.frame, span)
+
+    def integer(self, name: bytes) -> int | None:
+        """A whole number; None if the field is missing or is none."""
+        span = self.fields.get(name)
+        return None if span is None else bson.read_int(self.frame, span)
+
+    def true(self, name: bytes) -> bool:
+        """Whether a field is there and true in MongoDB's sense."""
+        span = self.fields.get(name)
+        return span is not None and bson.read_bool(self.frame, span)
+
+
+_NO_SEQUENCES: dict[bytes, memoryview] = {}
+
+
+def parse(frame: bytes) -> Request:
+    """The request in a whole frame.
+
+    Raises ProtocolError when it cannot be answered, InvalidBSONError (a CommandError) when only its body is broken;
+    `reply_head` then still finds what is needed to answer.
+    """
+    _, request_id, _, opcode = _HEAD(frame)
+    request = Request()
+    request.frame = frame
+    request.request_id = request_id
+    request.sequences = _NO_SEQUENCES
+    request.legacy = False
+    request.silent = False
+    if opcode == OP_MSG:
+        _parse_msg(request, frame)
+    elif opcode == OP_QUERY:
+        _parse_query(request, frame)
+    else:
+        raise ProtocolError(f"opcode {opcode} is not supported")
+    request.fields = fields = bson.scan(frame, request.start, request.end)
+    if not fields:
+        raise bson.InvalidBSONError("the command document is empty")
+    request.name = next(iter(fields))
+    return request
+
+
+def reply_head(frame: bytes) -> tuple[int, bool, bool]:
+    """Of a frame whose body is broken: request id, whether it is OP_QUERY, whether no reply is wanted."""
+    _, request_id, _, opcode = _HEAD(frame)
+    silent = opcode == OP_MSG and len(frame) >= 20 and bool(_uint32(frame, 16)[0] & MORE_TO_COME)
+    return request_id, opcode == OP_QUERY, silent
+
+
+def _parse_msg(request: Request, frame: bytes) -> None:
+    limit = len(frame)
+    if limit < 26:
+        raise ProtocolError("OP_MSG is too short to hold a document")
+    flags: int = _uint32(frame, 16)[0]
+    if flags:
+        if flags & _UNKNOWN_REQUIRED:
+            raise ProtocolError(f"OP_MSG has unknown required flag bits {flags:#x}")
+        request.silent = bool(flags & MORE_TO_COME)
+        if flags & CHECKSUM_PRESENT:
+            limit -= 4
+            if crc32c.crc32c(memoryview(frame)[:limit]) != _uint32(frame, limit)[0]:
+                raise ProtocolError("OP_MSG checksum does not match its contents")
+    # Nearly every message is one body and nothing else.
+    if frame[20] == 0 and _int32(frame, 21)[0] == limit - 21:
+        request.start = 21
+        request.end = bson.document_end(frame, 21, limit)
+        return
+    _parse_sections(request, frame, limit)
+
+
+def _parse_sections(request: Request, frame: bytes, limit: int) -> None:
+    """Any number of sections in any order, exactly one of them a body."""
+    position = 20
+    request.start = 0
+    request.sequences = sequences = {}
+    view = memoryview(frame)
+    while position < limit:
+        kind = frame[position]
+        position += 1
+        if kind == 0:
+            if request.start:
+                raise ProtocolError("OP_MSG has more than one body")
+            request.start = position
+            request.end = position = bson.document_end(frame, position, limit)
+        elif kind == 1:
+            size = _int32(frame, position)[0] if position + 4 <= limit else 0
+            end = position + size
+            if size < 5 or end > limit:
+                raise ProtocolError("OP_MSG document sequence has an invalid size")
+            name_end = frame.find(0, position + 4, end)
+            if name_end < 0:
+                raise ProtocolError("OP_MSG document sequence has no name")
+            name = frame[position + 4 : name_end]
+            if name in sequences:
+                raise ProtocolError("OP_MSG has two document sequences of the same name")
+            sequences[name] = view[name_end + 1 : end]
+            position = end
+        else:
+            raise ProtocolError(f"OP_MSG section kind {kind} is not known")
+    if not request.start:
+        raise ProtocolError("OP_MSG has no body")
+
+
+def _parse_query(request: Request, frame: bytes) -> None:
+    limit = len(frame)
+    name_end = frame.find(0, 20)
+    if name_end < 0 or name_end + 9 > limit:
+        raise ProtocolError("OP_QUERY is cut short")
+    if not frame.endswith(b".$cmd", 20, name_end):
+        raise ProtocolError("OP_QUERY is no longer supported for anything but the first hello")
+    request.legacy = True
+    request.start = name_end + 9
+    request.end = bson.document_end(frame, request.start, limit)
+
+
+def reply(document: bytes, answered_id: int, legacy: bool) -> bytes:
+    """The frame that answers a request with a document."""
+    if legacy:
+        head = _LEGACY_HEAD(36 + len(document), 0, answered_id, OP_REPLY, 8, 0, 0, 1)
+    else:
+        head = _REPLY_HEAD(21 + len(document), 0, answered_id, OP_MSG, 0, 0)
+    return head + document
