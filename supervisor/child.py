@@ -65,8 +65,14 @@ def enter(spawn: Spawn, work: Work, parent: int, others: Iterable[socket.socket]
     except BaseException as error:  # SystemExit and KeyboardInterrupt as well: nothing may climb back into the loop
         status = _report(spawn, error)
     finally:
+        _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    try:
         sys.stderr.flush()
-        os._exit(status)
+    finally:
+        os._exit(status)  # whatever happens: the supervisor's loop is further up this stack
 
 
 def _forget_supervisor(others: Iterable[socket.socket]) -> None:

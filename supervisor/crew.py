@@ -68,11 +68,10 @@ class Crew:
         """How many workers exist, draining ones included."""
         return sum(seat.process is not None for seat in self.seats)
 
-    @property
-    def in_motion(self) -> bool:
-        """Whether a worker is on its way in or out, which no signal tells the end of."""
+    def booting(self, now: float) -> bool:
+        """Whether a worker was started lately and isn't ready yet."""
         processes = [seat.process for seat in self.seats if seat.process]
-        return any(not process.ready or process.draining is not None for process in processes)
+        return any(not process.ready and now - process.born < plan.BOOT_TIMEOUT for process in processes)
 
     def observe(self) -> None:
         """Read what the workers say of themselves."""
@@ -122,6 +121,11 @@ class Crew:
             for seat in self.seats:
                 if seat.process and seat.process.pid == pid:
                     self._bury(seat, seat.process, wait_status)
+
+    def close(self) -> None:
+        """Close the control sockets."""
+        while self._controls:
+            self._controls.popitem()[1].close()
 
     # -- one worker ---------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def _overdue(seat: Seat, process: Process, limits: Limits, now: float) -> Kill |
     if process.killed:
         return None
     if process.draining is not None and now - process.draining >= limits.graceful_timeout:
-        return Kill(seat, signal.SIGKILL, "did not leave within ferretdb.graceful_timeout")
+        return Kill(seat, signal.SIGKILL, "still there after ferretdb.graceful_timeout")
     if process.aborted is not None:
         return Kill(seat, signal.SIGKILL, "hung") if now - process.aborted >= ABORT_GRACE else None
     silent = now - max(process.beat, process.born, limits.awake)

@@ -35,10 +35,13 @@ logger = structlog.get_logger()
 STOP_GRACE = 0.2
 STOP_LIMIT = 0.28
 RETRY_SECONDS = 1.0
-# While a worker starts or drains nothing wakes us when it is done, so we look.
+# A draining worker watches ferretdb.graceful_timeout itself, then closes its connections: let it finish.
+DRAIN_SLACK = 1.5
+# Nothing wakes us when a worker that starts becomes ready, so we look.
 BRISK_SECONDS = 0.02
 # Later than this, the whole machine or our process group stood still: no worker is to blame for its silence.
 OVERSLEPT = 1.0
+
 
 class Wakeup:
     """The queue of signals, and the socket that ends poll() when one arrives."""
@@ -103,7 +106,16 @@ class Supervisor:
         self._apply(self._config)
         while (status := self.turn()) is None:
             self._wait()
+        self.close()
         return status
+
+    def close(self) -> None:
+        """Give back every socket but the channel."""
+        self.listeners.close()
+        self.crew.close()
+        signal.set_wakeup_fd(-1)
+        for sock in self.wakeup.sockets:
+            sock.close()
 
     def turn(self) -> int | None:
         """One round without waiting; an exit status ends the loop."""
@@ -192,6 +204,8 @@ class Supervisor:
         if self._exit is None:
             self._exit = status, self._system.clock() + STOP_LIMIT
             self.listeners.close()
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._channel.socket)  # no longer read: its end would wake us for ever
 
     # -- what follows from it -----------------------------------------------------------------------------------
 
@@ -200,7 +214,8 @@ class Supervisor:
         if self._exit:
             return Limits(0, math.inf, STOP_GRACE)
         wanted = settings.worker_count() if settings.enabled and self._prepared else 0
-        return Limits(wanted, settings.worker_timeout / 1000, settings.graceful_timeout / 1000, self._awake)
+        graceful = settings.graceful_timeout / 1000 + DRAIN_SLACK
+        return Limits(wanted, settings.worker_timeout / 1000, graceful, self._awake)
 
     def _state(self) -> State:
         if self._exit:
@@ -223,7 +238,7 @@ class Supervisor:
         due = [self._reporter.due, deadline(self.crew.seats, self._limits())]
         if self.listeners.problems or not self._prepared:
             due.append(self._retry_at)
-        if self.crew.in_motion:
+        if self.crew.booting(self._system.clock()):
             due.append(self._system.clock() + BRISK_SECONDS)
         if self._exit:
             due.append(self._exit[1])

@@ -16,23 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import SERVER, SETTINGS
 
 from pg_ferret.status import SLOT_BYTES, Kind, Slot, State
 
 ROOT = Path(__file__).parents[2]
 FAKE_GATEWAY = [str(Path(__file__).with_name("fake_gateway.py"))]
-SETTINGS = {
-    "database": "postgres", "max_workers": "8", "enabled": "on", "workers": "2", "listen_unix": "",
-    "unix_socket_permissions": "0700", "pool_min_conns": "4", "pool_max_conns": "40", "query_wait_timeout": "30000",
-    "max_connections": "10000", "cursor_timeout": "600000", "worker_timeout": "1000", "graceful_timeout": "300",
-    "log_level": "debug", "python": "/usr/bin/python3",
-}  # fmt: skip
-SERVER = {
-    "socket_directories": "/nowhere", "port": 5432, "user": "postgres", "database": "postgres",
-    "data_directory": "/nowhere", "max_connections": 100, "superuser_reserved_connections": 3,
-    "reserved_connections": 0, "version": "18.6", "documentdb": None, "in_recovery": False,
-    "started": "2026-01-01 00:00:00+00", "setting_errors": [],
-}  # fmt: skip
+QUICK = {"worker_timeout": "1000", "graceful_timeout": "300", "log_level": "debug"}
+
+
+class Client:
+    """A connection to a fake worker; knows whom it talks to."""
+
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        self.sock = sock
+        sock.settimeout(5)
+        if address.startswith("/"):
+            sock.connect(address)
+        else:
+            host, port = address.rsplit(":", 1)
+            sock.connect((host, int(port)))
+        self.slot, self.pid = map(int, sock.recv(100).split())
+
+    def alive(self) -> bool:
+        self.sock.sendall(b"hello\n")
+        return self.sock.recv(100) == b"hello\n"
 
 
 class Launcher:
@@ -40,9 +48,10 @@ class Launcher:
 
     def __init__(self, program: list[str], state_dir: Path) -> None:
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.settings = {**SETTINGS, "listen_addr": f"127.0.0.1:{free_port()}", "state_dir": str(state_dir)}
+        self.settings = {**SETTINGS, **QUICK, "listen_addr": f"127.0.0.1:{free_port()}", "state_dir": str(state_dir)}
         self.slots: dict[int, Slot] = {}
         self.lines: list[str] = []
+        self.clients = contextlib.ExitStack()
         environment = {"PYTHONPATH": os.environ.get("PYTHONPATH") or str(ROOT), "LC_ALL": "C.UTF-8"}
         program = [sys.executable, "-P", *program]
         # A shell puts the channel where the launcher puts it; sh cannot redirect descriptors above 9.
@@ -86,6 +95,7 @@ class Launcher:
 
     def ready(self, count: int) -> dict[int, int]:
         """Wait until exactly so many workers are ready and no other exists."""
+
         def settled() -> bool:
             kinds = [slot.get("kind") for slot in self.slots.values()]
             return len(self.workers()) == count == kinds.count(Kind.WORKER)
@@ -96,7 +106,20 @@ class Launcher:
     def message(self, index: int = 0) -> str:
         return self.slots[index].message if index in self.slots else ""
 
+    def client(self, address: str = "") -> Client:
+        """Connect, to listen_addr unless told otherwise; closed with the launcher."""
+        address = address or self.settings["listen_addr"]
+        family = socket.AF_UNIX if address.startswith("/") else socket.AF_INET
+        return Client(self.clients.enter_context(socket.socket(family)), address)
+
+    def connect(self, address: str = "") -> Client | None:
+        try:
+            return self.client(address)
+        except (ConnectionError, FileNotFoundError):
+            return None
+
     def close(self) -> None:
+        self.clients.close()
         self.channel.close()
         try:
             self.process.wait(2)
@@ -109,31 +132,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-class Client:
-    """A connection to a fake worker; knows whom it talks to."""
-
-    def __init__(self, address: str) -> None:
-        if address.startswith("/"):
-            self.sock = socket.socket(socket.AF_UNIX)
-            self.sock.settimeout(5)
-            self.sock.connect(address)
-        else:
-            host, port = address.rsplit(":", 1)
-            self.sock = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
-        self.slot, self.pid = map(int, self.sock.recv(100).split())
-
-    def alive(self) -> bool:
-        self.sock.sendall(b"hello\n")
-        return self.sock.recv(100) == b"hello\n"
-
-
-def connect(address: str) -> Client | None:
-    try:
-        return Client(address)
-    except (ConnectionError, FileNotFoundError):
-        return None
 
 
 def gone(pid: int) -> bool:
@@ -154,7 +152,7 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
 def test_workers_serve_on_inherited_sockets(launcher: Launcher) -> None:
     launcher.configure()
     pids = launcher.ready(2)
-    client = Client(launcher.settings["listen_addr"])
+    client = launcher.client()
     assert client.pid == pids[client.slot]
     launcher.until(lambda: launcher.slots[client.slot].get("connections") == 1)
     own = launcher.slots[0]
@@ -169,7 +167,7 @@ def test_workers_serve_on_inherited_sockets(launcher: Launcher) -> None:
 def test_killed_worker_is_replaced_at_once_and_others_go_on(launcher: Launcher) -> None:
     launcher.configure()
     pids = launcher.ready(2)
-    client = Client(launcher.settings["listen_addr"])
+    client = launcher.client()
     victim = 3 - client.slot
     start = time.monotonic()
     os.kill(pids[victim], signal.SIGKILL)
@@ -194,13 +192,13 @@ def test_listen_addr_changes_without_cutting_a_connection(launcher: Launcher, tm
     launcher.configure()
     pids = launcher.ready(2)
     old, new = launcher.settings["listen_addr"], f"127.0.0.1:{free_port()}"
-    before = Client(old)
+    before = launcher.client(old)
     path = str(tmp_path / "s")
     launcher.configure(listen_addr=new, listen_unix=path, log_level="warning")
-    launcher.until(lambda: connect(new))
-    assert launcher.until(lambda: connect(path))
+    launcher.until(lambda: launcher.connect(new))
+    assert launcher.until(lambda: launcher.connect(path))
     assert os.stat(path).st_mode & 0o777 == 0o700
-    launcher.until(lambda: connect(old) is None)
+    launcher.until(lambda: launcher.connect(old) is None)
     launcher.until(lambda: all("log_level=warning" in launcher.message(slot) for slot in pids))
     assert before.alive()
     assert launcher.workers() == pids
@@ -217,13 +215,11 @@ def test_port_in_use_is_told_and_retried_while_the_rest_serves(launcher: Launche
         other.listen()
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         launcher.configure(listen_addr=taken)
-        launcher.until(
-            lambda: launcher.message() == f"ferretdb.listen_addr: {taken}: Address already in use, retrying"
-        )
-        assert Client(old).alive()
+        launcher.until(lambda: launcher.message() == f"ferretdb.listen_addr: {taken}: Address already in use, retrying")
+        assert launcher.client(old).alive()
     launcher.until(lambda: launcher.message() == f"pg_ferret 0.1.0 on {taken}")
-    assert Client(taken).alive()
-    launcher.until(lambda: connect(old) is None)
+    assert launcher.client(taken).alive()
+    launcher.until(lambda: launcher.connect(old) is None)
     assert sum("Address already in use" in line for line in launcher.lines) == 1
 
 
@@ -244,23 +240,23 @@ def test_workers_grow_and_shrink(launcher: Launcher) -> None:
     assert launcher.ready(4).items() >= first.items()
     launcher.configure(workers="1")
     assert launcher.ready(1) == {1: first[1]}
-    assert Client(launcher.settings["listen_addr"]).pid == first[1]
+    assert launcher.client().pid == first[1]
 
 
 def test_drain_is_bounded_by_graceful_timeout(launcher: Launcher) -> None:
     launcher.configure(workers="1", graceful_timeout="300")
     launcher.ready(1)
-    client = Client(launcher.settings["listen_addr"])
+    client = launcher.client()
     launcher.configure(enabled="off")
     launcher.until(lambda: launcher.workers(State.DRAINING))
-    assert connect(launcher.settings["listen_addr"]) is None
+    assert launcher.connect() is None
     assert client.alive()
     launcher.ready(0)
     assert gone(client.pid)
     assert launcher.message() == "ferretdb.enabled is off"
     launcher.configure(enabled="on")
     launcher.ready(1)
-    assert Client(launcher.settings["listen_addr"]).alive()
+    assert launcher.client().alive()
 
 
 def test_role_reaches_the_workers(launcher: Launcher) -> None:
@@ -289,7 +285,7 @@ def test_stop_is_quick_and_complete(launcher: Launcher, tmp_path: Path, order: b
     path = tmp_path / "s"
     launcher.configure(listen_unix=str(path))
     pids = launcher.ready(2)
-    client = Client(launcher.settings["listen_addr"])  # keeps its worker from leaving at once
+    client = launcher.client()  # keeps its worker from leaving at once
     start = time.monotonic()
     if order:
         launcher.channel.send(order)
@@ -331,7 +327,7 @@ def test_stale_unix_socket_of_a_killed_supervisor_is_taken_over(launcher: Launch
     with contextlib.closing(second):
         second.configure(listen_unix=path)
         second.ready(2)
-        assert Client(path).alive()
+        assert second.client(path).alive()
 
 
 def test_the_module_starts_waits_for_valid_settings_and_quits(tmp_path: Path) -> None:
