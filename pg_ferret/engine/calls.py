@@ -49,13 +49,17 @@ GET_MORE = _call(
 # (bigint[]) -> nothing of use
 DELETE_CURSORS = _call("delete_cursors", "SELECT documentdb_api_internal.delete_cursors($1)", (TEXT,))
 
-# (db, spec, documents or NULL) -> reply, whether all went well
-_WRITE = "SELECT p_result, p_success FROM documentdb_api.{}($1, $2, $3, NULL)"
+# (db, spec, documents or NULL) -> reply, whether all went well.  The engine would store malformed documents as they
+# are, so what a write brings is checked on its way (extension/bson_check.c).
+_WRITE = (
+    "SELECT p_result, p_success FROM documentdb_api.{}"
+    "($1, ferretdb.checked_bson($2), ferretdb.checked_bsonsequence($3), NULL)"
+)
 INSERT = _call("insert", _WRITE.format("insert"), _DB_BSON_BSON)
 UPDATE = _call("update", _WRITE.format("update"), _DB_BSON_BSON)
 DELETE = _call("delete", _WRITE.format("delete"), _DB_BSON_BSON)
 FIND_AND_MODIFY = _call(
-    "find_and_modify", "SELECT p_result, p_success FROM documentdb_api.find_and_modify($1, $2, NULL)", _DB_BSON
+    "find_and_modify", "SELECT p_result, p_success FROM documentdb_api.find_and_modify($1, ferretdb.checked_bson($2), NULL)", _DB_BSON
 )
 
 # (db, spec) -> reply

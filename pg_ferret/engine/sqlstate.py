@@ -61,7 +61,7 @@ def translate(sqlstate: str, message: str) -> tuple[int, str]:
     """MongoDB's code and message of an error of the engine; InternalError keeps its message to the log."""
     if sqlstate[:1] == "M":
         try:
-            code, _ = codes.ENGINE[int(sqlstate[1:], 36)]
+            code = codes.ENGINE[int(sqlstate[1:], 36)]
         except (ValueError, IndexError):
             return 1, message
         return code, message

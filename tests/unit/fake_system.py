@@ -1,0 +1,99 @@
+"""A supervisor whose operating system and gateway exist only here, for test_prefork.py."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from samples import config, message
+
+from config.settings import Config
+from pg_ferret.errors import StateDirError
+from pg_ferret.status import Slot, State
+from supervisor.channel import Channel
+from supervisor.crew import System
+from supervisor.prefork import Gateway, Supervisor
+
+
+class FakeSystem:
+    """Processes that exist only here, and a clock that stands."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.running: list[int] = []
+        self.dead: list[tuple[int, int]] = []
+        self.sent: list[tuple[int, int]] = []
+        self.fork_fails = False
+        self._last_pid = 100
+
+    def fork(self) -> int:
+        if self.fork_fails:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        self._last_pid += 1
+        self.running.append(self._last_pid)
+        return self._last_pid
+
+    def kill(self, pid: int, number: int) -> None:
+        self.sent.append((pid, number))
+
+    def waitpid(self, _pid: int, _options: int) -> tuple[int, int]:
+        return self.dead.pop(0) if self.dead else (0, 0)
+
+    def end(self, pid: int, wait_status: int) -> None:
+        self.running.remove(pid)
+        self.dead.append((pid, wait_status))
+
+    def system(self) -> System:
+        return System(self.fork, self.kill, self.waitpid, lambda: self.now)
+
+
+class World:
+    """A supervisor, its fake system, and the launcher's end of the channel."""
+
+    def __init__(self) -> None:
+        self.fake = FakeSystem()
+        self.launcher, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.launcher.setblocking(False)
+        self.prepared: list[Config] = []
+        self.state_dir_error = ""
+        gateway = Gateway(lambda _: 0, self.prepare)
+        self.supervisor = Supervisor(Channel(theirs), config(), gateway, self.fake.system())
+        self.theirs = theirs
+
+    def prepare(self, new: Config) -> Path:
+        self.prepared.append(new)
+        if self.state_dir_error:
+            raise StateDirError(self.state_dir_error)
+        return Path(new.settings.state_dir)
+
+    def turn(self, seconds: float = 0.0) -> int | None:
+        """Let time pass, have the healthy workers beat, then one round of the loop."""
+        self.fake.now += seconds
+        return self.supervisor.turn()
+
+    def configure(self, **settings: str) -> None:
+        self.launcher.send(b"S" + message(**settings))
+        self.turn()
+
+    def ready(self) -> None:
+        """Every running worker says that it is ready and beats."""
+        for slot in self.supervisor.table.slots[1:]:
+            if slot.get("pid") in self.fake.running:
+                slot.set(state=State.READY, heartbeat=int(self.fake.now * 1e9))
+
+    def slot(self, index: int) -> Slot:
+        return self.supervisor.table[index]
+
+    def received(self) -> list[bytes]:
+        messages = []
+        while True:
+            try:
+                messages.append(self.launcher.recv(100_000))
+            except BlockingIOError:
+                return messages
+
+    def lines(self) -> list[str]:
+        return [item[2:].decode() for item in self.received() if item[:1] == b"l"]
+
+    def sent_slots(self) -> list[int]:
+        return [int.from_bytes(item[1:5], "little") for item in self.received() if item[:1] == b"s"]

@@ -1,0 +1,96 @@
+"""The registry of cursors, on a real LMDB environment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pg_ferret.state.cursors import Cursor, Cursors, new_id
+
+_SOON = float("inf")
+
+
+@pytest.fixture
+def cursors(tmp_path: Path) -> Cursors:
+    return Cursors(tmp_path)
+
+
+def cursor(session: bytes = b"", expires: float = _SOON, continuation: bytes = b"next") -> Cursor:
+    return Cursor(b"db.c", b"user", session, expires, continuation)
+
+
+def test_a_cursor_comes_back_as_it_was(cursors: Cursors) -> None:
+    kept = cursor(session=b"s" * 16, continuation=bytes(range(256)))
+    cursors.open(7, kept)
+    assert cursors.get(7) == kept
+    assert cursors.count() == 1
+    assert cursors.get(8) is None
+    assert cursors.get(-7) is None
+
+
+def test_advance_keeps_the_newest_continuation_and_does_not_raise_the_dead(cursors: Cursors) -> None:
+    cursors.open(7, cursor())
+    assert cursors.advance(7, cursor(continuation=b"later"))
+    found = cursors.get(7)
+    assert found is not None
+    assert found.continuation == b"later"
+    assert cursors.remove([7, 8]) == [7]
+    assert not cursors.advance(7, cursor())
+    assert cursors.get(7) is None
+
+
+def test_expired_cursors_are_not_found_and_can_be_swept(cursors: Cursors) -> None:
+    cursors.open(1, cursor(expires=time.time() - 1))
+    cursors.open(2, cursor(expires=time.time() + 3600))
+    cursors.open(3, cursor())
+    assert cursors.get(1) is None
+    assert cursors.expired() == [1]
+    cursors.remove(cursors.expired())
+    assert cursors.expired() == []
+    assert cursors.count() == 2
+
+
+def test_cursors_of_a_session(cursors: Cursors) -> None:
+    cursors.open(1, cursor(session=b"a" * 16))
+    cursors.open(2, cursor(session=b"a" * 16))
+    cursors.open(3, cursor(session=b"b" * 16))
+    cursors.remove([2])
+    assert cursors.of_sessions([b"a" * 16, b"c" * 16]) == [1]
+    assert sorted(cursors.of_sessions([b"a" * 16, b"b" * 16])) == [1, 3]
+
+
+def test_ids_are_positive_and_fit_a_double() -> None:
+    ids = {new_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(0 < number < 2**53 for number in ids)
+
+
+def test_another_process_sees_them_and_a_killed_writer_harms_nobody(tmp_path: Path) -> None:
+    """A writer is killed again and again in the middle of its work; every record read back is whole."""
+    for _ in range(5):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            own = Cursors(tmp_path)
+            number = 1
+            while True:
+                own.open(number % 50 + 1, cursor(session=b"s" * 16, continuation=b"x" * (number % 3000)))
+                if number == 20:
+                    os.write(writer, b"!")
+                number += 1
+        os.read(reader, 1)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
+        registry = Cursors(tmp_path)
+        for number in range(1, 52):
+            found = registry.get(number)
+            assert found is None or found.namespace == b"db.c"
+        registry.open(99, cursor())
+        assert registry.get(99) == cursor()
+        registry.close()
