@@ -220,7 +220,7 @@ class Crew:
             logger.debug("worker cannot start, as before", slot=seat.slot, pid=process.pid)
         elif status == plan.BOOT_FAILED and words:
             self._reported = words
-            logger.error(f"worker cannot start, will be retried\n{words}", slot=seat.slot, pid=process.pid)
+            logger.error("worker cannot start, will be retried", slot=seat.slot, pid=process.pid, exception=words)
         else:
             logger.warning("worker ended unexpectedly", slot=seat.slot, pid=process.pid, exit=how)
 
