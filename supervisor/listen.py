@@ -62,7 +62,7 @@ def wanted_addresses(settings: Settings) -> list[Address]:
     """What the settings ask for; ``localhost`` is both loopback addresses, as far as the machine has them."""
     texts: list[str] = []
     for text in settings.listen_addr:
-        host, port = parse_address(text)
+        host, _, port = text.rpartition(":")
         if host.lower() == "localhost":
             texts += [f"127.0.0.1:{port}"] + ([f"[::1]:{port}"] if _has_ipv6_loopback() else [])
         else:
@@ -143,11 +143,13 @@ class Listeners:
 def open_tcp(text: str) -> socket.socket:
     """A listening socket on ``127.0.0.1:27017`` or ``[::1]:27017``; raises ListenError."""
     prefix = f"{TCP_SETTING}: {text}: "
-    host, port = parse_address(text)
     try:
+        host, port = parse_address(text)
         ip = ipaddress.ip_address(host)
     except ValueError:
-        raise ListenError(prefix + "not an IP address", "host names other than localhost are not looked up") from None
+        raise ListenError(
+            prefix + "not an IP address and a port", "names other than localhost are not looked up"
+        ) from None
     if not ip.is_loopback:
         hint = "listen on 127.0.0.1, ::1 or a Unix socket (ferretdb.listen_unix)"
         raise ListenError(prefix + "refused, there is no authentication yet: loopback addresses only", hint)

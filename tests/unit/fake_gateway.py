@@ -1,7 +1,7 @@
 """A supervisor whose workers need no PostgreSQL: run by test_supervisor_process.py with the channel on descriptor 3.
 
 A worker accepts on its listen sockets, greets each client with its slot and pid, and answers a line with itself.
-The line ``crash`` ends the worker; a file ``broken`` in state_dir makes every start fail.
+The line ``crash`` ends the worker, ``hang`` stops its loop; a file ``broken`` in state_dir makes every start fail.
 """
 
 from __future__ import annotations
@@ -74,10 +74,16 @@ class Worker:
         line = self.clients[number].recv(1000)
         if line == b"crash\n":
             os._exit(9)
+        if line == b"hang\n":
+            self.hang_on_purpose()
         if line:
             self.clients[number].sendall(line)
         else:
             self.clients.pop(number).close()
+
+    def hang_on_purpose(self) -> None:
+        while True:
+            pass
 
     def obey(self) -> None:
         message, descriptors, _, _ = socket.recv_fds(self.spawn.control, 100_000, 250)

@@ -55,7 +55,10 @@ class Launcher:
         # A shell puts the channel where the launcher puts it; sh cannot redirect descriptors above 9.
         number = theirs.fileno()
         command = ["bash", "-c", f'exec 3<&{number} && exec "$@"', "launcher", *program]
-        self.process = subprocess.Popen(command, env=environment, pass_fds=[number], start_new_session=True)
+        with open(state_dir / "stderr", "ab") as stderr:
+            self.process = subprocess.Popen(
+                command, env=environment, pass_fds=[number], stderr=stderr, start_new_session=True
+            )
         theirs.close()
 
     def configure(self, **settings: str) -> None:

@@ -59,6 +59,7 @@ def test_wanted_addresses() -> None:
     settings = config(listen_addr="127.0.0.1:1, [::1]:2, 127.0.0.1:1", listen_unix="/s").settings
     assert [address.text for address in wanted_addresses(settings)] == ["127.0.0.1:1", "[::1]:2", "/s"]
     assert wanted_addresses(config(listen_addr="-").settings) == []
+    assert wanted_addresses(config(listen_addr="localhost:3").settings)[0].text == "127.0.0.1:3"
 
 
 def test_tcp_socket_listens_and_does_not_block() -> None:
@@ -77,7 +78,7 @@ def test_ipv6_socket_leaves_ipv4_alone() -> None:
         assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
 
 
-@pytest.mark.parametrize("text", ["0.0.0.0:27017", "192.0.2.1:27017", "[::]:27017", "example.com:27017"])
+@pytest.mark.parametrize("text", ["0.0.0.0:27017", "192.0.2.1:27017", "[::]:27017", "example.com:27017", "nonsense"])
 def test_only_loopback_without_authentication(text: str) -> None:
     with pytest.raises(ListenError, match=r"^ferretdb\.listen_addr: "):
         open_tcp(text)

@@ -54,7 +54,18 @@ def test_killed_worker_is_replaced_at_once_and_others_go_on(launcher: Launcher) 
     assert (slot.last_exit, slot.get("restarts"), slot.get("generation")) == ("signal KILL", 1, 2)
 
 
-def test_hung_worker_is_ended_and_replaced(launcher: Launcher) -> None:
+def test_hung_worker_is_ended_and_replaced_and_its_stack_logged(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.configure(worker_timeout="1000")
+    pids = launcher.ready(2)
+    client = launcher.client()
+    client.sock.sendall(b"hang\n")
+    launcher.until(lambda: launcher.workers().get(client.slot, client.pid) != client.pid)
+    assert launcher.slots[client.slot].last_exit == "signal ABRT"
+    assert launcher.workers().items() >= (pids.items() - {(client.slot, client.pid)})
+    assert "hang_on_purpose" in (tmp_path / "stderr").read_text()
+
+
+def test_stopped_worker_is_killed_and_replaced(launcher: Launcher) -> None:
     launcher.configure(worker_timeout="1000")
     pids = launcher.ready(2)
     os.kill(pids[1], signal.SIGSTOP)
