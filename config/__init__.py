@@ -1,0 +1,1 @@
+"""The settings: one definition, from which the C code and the documentation are generated."""
