@@ -50,7 +50,7 @@ class Launcher:
         self.slots: dict[int, Slot] = {}
         self.lines: list[str] = []
         self.clients = contextlib.ExitStack()
-        environment = {"PYTHONPATH": os.environ.get("PYTHONPATH") or str(ROOT), "LC_ALL": "C.UTF-8"}
+        environment = {"PYTHONPATH": str(ROOT), "PATH": os.defpath, "LC_ALL": "C.UTF-8"}
         program = [sys.executable, "-P", *program]
         # A shell puts the channel where the launcher puts it; sh cannot redirect descriptors above 9.
         number = theirs.fileno()

@@ -63,18 +63,19 @@ def test_wanted_addresses() -> None:
 
 
 def test_tcp_socket_listens_and_does_not_block() -> None:
-    with open_tcp("127.0.0.1:0") as sock:
+    with open_tcp(free_address().text) as sock:
         assert not sock.getblocking()
         with socket.create_connection(sock.getsockname(), timeout=5):
             pass
 
 
 def test_ipv6_socket_leaves_ipv4_alone() -> None:
+    port = free_address().text.rpartition(":")[2]
     try:
-        sock = open_tcp("[::1]:0")
+        sock = open_tcp(f"[::1]:{port}")
     except ListenError:
         pytest.skip("no IPv6 loopback here")
-    with sock, open_tcp(f"127.0.0.1:{port_of(sock)}"):
+    with sock, open_tcp(f"127.0.0.1:{port}"):
         assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
 
 
