@@ -1,1 +1,4 @@
-"""The settings: one definition, from which the C code and the documentation are generated."""
+"""The settings: one definition for C, Python and the documentation.
+
+``settings`` is the definition and its reader; ``python3 -m config`` writes what is generated from it.
+"""

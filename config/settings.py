@@ -1,216 +1,274 @@
-"""Every ``ferretdb.*`` setting, once.
+"""Every ``ferretdb.*`` setting, defined once, and what a worker must know of its PostgreSQL server.
 
-``python3 -m config`` writes extension/settings.h, docs/settings.md and config/ferretdb.conf.sample from this model, so
-PostgreSQL checks type, range and unit before a value gets here.  The supervisor and the workers read the same values
-from `Config`, which is the JSON that the launcher sends.
+The launcher reads pg_settings and sends the rows as JSON; the supervisor and the workers read them with ``Config``.
+PostgreSQL has checked types and ranges by then with code generated from this file (``config.generate``); they are
+checked again here, because a library and a Python of two versions may meet while a package is upgraded.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_serializer
 
 PREFIX = "ferretdb."
+SECOND = 1000
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+
+# A host name, an IPv4 address, or an IPv6 address in brackets, and a port; as check_listen_addr() in pg_ferret.c.
+_ADDRESS = re.compile(r"(?:([A-Za-z0-9._-]+)|\[([0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\]):([0-9]{1,5})", re.ASCII)
+# What fits into sockaddr_un.
+_SOCKET_PATH_BYTES = 107
 
 
 @dataclass(frozen=True, slots=True)
 class Guc:
-    """How PostgreSQL knows a setting."""
+    """What PostgreSQL needs to define a setting, besides its type, its default and its range.
 
-    help: str  # one line, as pg_settings.short_desc shows it
-    context: Literal["postmaster", "sighup"] = "sighup"
-    unit: Literal["", "ms"] = ""
-    flags: tuple[str, ...] = ()  # GUC_* beside the unit's
-    check: str = ""  # the C function that checks syntax
-    show: str = ""  # the C function that shows the value
+    ``flags`` and ``hooks`` (check, assign, show) are C names.
+    """
 
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of ``127.0.0.1:27017`` or ``[::1]:27017``; raises ValueError."""
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError(f"{text!r}: an IPv6 address must be in brackets, like [::1]:27017")
-    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"{text!r} is not of the form host:port")
-    return host, int(port)
+    help: str
+    restart: bool = False
+    milliseconds: bool = False
+    octal: bool = False
+    flags: tuple[str, ...] = ()
+    hooks: tuple[str, str, str] = ("NULL", "NULL", "NULL")
 
 
-class Settings(BaseModel):
-    """The values in force; times are in milliseconds."""
+_ABSOLUTE = ("check_absolute_path", "NULL", "NULL")
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
-    database: Annotated[
-        str,
+class Settings(BaseModel, frozen=True):
+    """The settings' values; times are milliseconds.  The field's order is the order of the documentation."""
+
+    enabled: Annotated[
+        bool,
         Guc(
-            "Database that holds the DocumentDB extension; must equal cron.database_name.",
-            context="postmaster",
-            flags=("GUC_IS_NAME",),
+            "Whether clients are served. Off closes the listen addresses, lets requests finish within"
+            " ferretdb.graceful_timeout, and closes all connections to PostgreSQL."
         ),
-    ] = "postgres"
-    max_workers: Annotated[
-        int, Guc("Size of the status table: no more workers than this can run.", context="postmaster"), Field(ge=1, le=1024)
-    ] = 64
-    enabled: Annotated[bool, Guc("Serves clients; off drains and closes every connection.")] = True
-    workers: Annotated[int, Guc("Number of worker processes; 0 means one per core."), Field(ge=0, le=1024)] = 0
+    ] = True
     listen_addr: Annotated[
         tuple[str, ...],
         Guc(
-            "Comma-separated host:port addresses to listen on; - means none.",
+            "TCP addresses to listen on: host:port or [IPv6]:port, several separated by commas; - is none.",
             flags=("GUC_LIST_INPUT",),
-            check="check_listen_addr",
+            hooks=("check_listen_addr", "NULL", "NULL"),
         ),
     ] = ("127.0.0.1:27017",)
     listen_unix: Annotated[
-        str, Guc("Absolute path of a Unix socket to listen on; empty means none.", check="check_absolute_path")
+        str,
+        Guc(
+            "Path of a Unix socket to listen on; empty is none.",
+            hooks=("check_socket_path", "NULL", "NULL"),
+        ),
     ] = ""
     unix_socket_permissions: Annotated[
         int,
-        Guc("Access permissions of the Unix socket, in octal.", show="show_octal"),
         Field(ge=0, le=0o777),
+        Guc(
+            "Access permissions of the Unix socket, in octal as for chmod.",
+            octal=True,
+            hooks=("NULL", "NULL", "show_octal"),
+        ),
     ] = 0o700
+    workers: Annotated[
+        int,
+        Field(ge=0, le=1024),
+        Guc("Worker processes; 0 is one for each CPU core. Never more than ferretdb.max_workers."),
+    ] = 0
+    max_workers: Annotated[
+        int, Field(ge=1, le=1024), Guc("Limit of ferretdb.workers: the size of the status table.", restart=True)
+    ] = 64
+    max_connections: Annotated[
+        int, Field(ge=1, le=1_000_000), Guc("Client connections allowed, all workers together.")
+    ] = 10_000
     pool_min_conns: Annotated[
-        int, Guc("PostgreSQL connections kept open by all workers together."), Field(ge=0, le=10_000)
+        int, Field(ge=0, le=10_000), Guc("Connections to PostgreSQL kept open, all workers together.")
     ] = 4
     pool_max_conns: Annotated[
-        int, Guc("PostgreSQL connections that all workers together never exceed."), Field(ge=1, le=10_000)
+        int, Field(ge=1, le=10_000), Guc("Connections to PostgreSQL allowed, all workers together.")
     ] = 40
     query_wait_timeout: Annotated[
         int,
-        Guc("Longest time a request waits for a PostgreSQL connection; 0 means for ever.", unit="ms"),
-        Field(ge=0, le=86_400_000),
-    ] = 30_000
-    max_connections: Annotated[
-        int, Guc("Client connections that all workers together accept."), Field(ge=1, le=1_000_000)
-    ] = 10_000
+        Field(ge=0, le=DAY),
+        Guc("How long a request waits for a free connection to PostgreSQL; 0 is for ever.", milliseconds=True),
+    ] = 30 * SECOND
     cursor_timeout: Annotated[
-        int, Guc("Time after which an idle cursor is closed.", unit="ms"), Field(ge=1_000, le=86_400_000)
-    ] = 600_000
+        int, Field(ge=SECOND, le=DAY), Guc("How long an idle cursor is kept.", milliseconds=True)
+    ] = 10 * MINUTE
     worker_timeout: Annotated[
         int,
-        Guc("Time after which a worker without a heartbeat is killed and replaced.", unit="ms"),
-        Field(ge=1_000, le=3_600_000),
-    ] = 30_000
+        Field(ge=SECOND, le=HOUR),
+        Guc("A worker whose event loop stands still for this long is replaced.", milliseconds=True),
+    ] = 30 * SECOND
     graceful_timeout: Annotated[
-        int, Guc("Time that a worker gets to finish its requests before it is ended.", unit="ms"), Field(ge=0, le=3_600_000)
-    ] = 30_000
+        int,
+        Field(ge=0, le=HOUR),
+        Guc("How long a worker that is to leave may take to finish its requests.", milliseconds=True),
+    ] = 30 * SECOND
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Guc("Least severe events that reach PostgreSQL's log.")
+        Literal["debug", "info", "warning", "error"],
+        Guc(
+            "Least severe messages to write to the server log, as DEBUG1, LOG or WARNING; log_min_messages applies too."
+        ),
     ] = "info"
+    database: Annotated[
+        str,
+        Guc("Database that holds DocumentDB; must equal cron.database_name.", restart=True, flags=("GUC_IS_NAME",)),
+    ] = "postgres"
     python: Annotated[
         str,
-        Guc("Python interpreter.", flags=("GUC_SUPERUSER_ONLY",), check="check_absolute_path"),
+        Guc(
+            "Python interpreter that runs the gateway; a change acts when the supervisor next starts.",
+            flags=("GUC_SUPERUSER_ONLY",),
+            hooks=_ABSOLUTE,
+        ),
     ] = "/usr/bin/python3"
     state_dir: Annotated[
         str,
         Guc(
-            "Directory for the state that workers share; empty means /dev/shm.",
+            "Directory, best on tmpfs, for what workers share; empty is a private one in /dev/shm.",
             flags=("GUC_SUPERUSER_ONLY",),
-            check="check_absolute_path",
+            hooks=_ABSOLUTE,
         ),
     ] = ""
+
+    @classmethod
+    def from_rows(cls, rows: Mapping[str, str]) -> Settings:
+        """Read ``setting`` of pg_settings by name without prefix; raises pydantic.ValidationError.
+
+        A missing setting has its default and an unknown one is passed over: the library may be of another version.
+        """
+        return cls.model_validate(dict(rows))
+
+    def worker_count(self) -> int:
+        """How many workers there are to be, at least 1."""
+        return min(self.workers or len(os.sched_getaffinity(0)), self.max_workers)
 
     @field_validator("listen_addr", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
+        """PostgreSQL's list text to a tuple."""
         if isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",") if part.strip() not in ("", "-"))
+            return tuple(item for item in map(str.strip, value.split(",")) if item not in ("", "-"))
+        return value
+
+    @field_validator("listen_addr")
+    @classmethod
+    def _check_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for address in value:
             parse_address(address)
         return value
 
+    @field_validator("listen_unix", "python", "state_dir")
+    @classmethod
+    def _check_path(cls, value: str) -> str:
+        if value and not value.startswith("/"):
+            raise ValueError("an absolute path is needed")
+        return value
+
+    @field_validator("listen_unix")
+    @classmethod
+    def _check_socket_path(cls, value: str) -> str:
+        if len(os.fsencode(value)) > _SOCKET_PATH_BYTES:
+            raise ValueError(f"the path of a Unix socket has at most {_SOCKET_PATH_BYTES} bytes")
+        return value
+
     @field_validator("unix_socket_permissions", mode="before")
     @classmethod
-    def _octal(cls, value: Any) -> Any:
-        return int(value, 8) if isinstance(value, str) else value
+    def _read_octal(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if not re.fullmatch(r"[0-7]{1,4}", value, re.ASCII):
+                raise ValueError("an octal number is needed")
+            return int(value, 8)
+        return value
 
-    @classmethod
-    def from_rows(cls, rows: Mapping[str, str]) -> Settings:
-        """Of setting names (without the prefix) and ``pg_settings.setting``; raises pydantic.ValidationError."""
-        return cls.model_validate(dict(rows))
-
+    @model_serializer
     def to_rows(self) -> dict[str, str]:
-        """The values as pg_settings gives them: the opposite of `from_rows`."""
-        return {name: as_text(name, value) for name, value in self}
-
-    def worker_count(self) -> int:
-        """How many workers to run."""
-        return min(self.max_workers, self.workers or len(os.sched_getaffinity(0)))
+        """The same texts that pg_settings has: ``from_rows`` reads them back."""
+        return {name: text_of(name, getattr(self, name)) for name in type(self).model_fields}
 
 
-def as_text(name: str, value: Any) -> str:
-    """One value as pg_settings shows it, in its base unit."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple):
-        return ", ".join(value) or "-"
-    if name == "unix_socket_permissions":
-        return f"{value:04o}"
-    return str(value)
-
-
-class SettingError(BaseModel):
-    """A line of a configuration file that PostgreSQL could not apply (pg_file_settings)."""
-
-    model_config = ConfigDict(frozen=True)
+class SettingError(BaseModel, frozen=True):
+    """A line of the configuration files that PostgreSQL has refused; ``name`` is empty for a syntax error."""
 
     name: str
     setting: str
     error: str
 
 
-class Server(BaseModel):
-    """What a worker needs to know of the PostgreSQL server."""
-
-    model_config = ConfigDict(frozen=True)
+class Server(BaseModel, frozen=True):
+    """The PostgreSQL server, as a worker must know it to connect."""
 
     socket_directories: str
     port: int
-    user: str  # the bootstrap superuser
+    user: str
     database: str
     data_directory: str
     max_connections: int
     superuser_reserved_connections: int
     reserved_connections: int
     version: str
-    documentdb: str | None  # the extension's version; None until it is installed
+    documentdb: str | None  # version of the extension; None until it has been created
     in_recovery: bool
-    started: str  # tells one run of the postmaster from the next
-    setting_errors: tuple[SettingError, ...] = ()
+    started: str  # of the postmaster: its identity
+    setting_errors: tuple[SettingError, ...]
 
     def socket_directory(self) -> str:
-        """Where PostgreSQL's Unix socket is; raises ValueError when it has none."""
-        directory = self.socket_directories.split(",")[0].strip().strip('"')
-        if not directory:
-            raise ValueError("unix_socket_directories is empty: pg_ferret needs a Unix socket to reach PostgreSQL")
-        return directory
+        """The directory to connect to; raises ValueError naming unix_socket_directories when there is none."""
+        # As PostgreSQL reads it: a list whose entries may be in double quotes, a quote inside them doubled.
+        for entry in re.findall(r'(?:"(?:[^"]|"")*"|[^,])+', self.socket_directories):
+            directory: str = entry.strip()
+            if len(directory) >= 2 and directory[0] == directory[-1] == '"':
+                directory = directory[1:-1].replace('""', '"')
+            if directory:
+                return directory
+        raise ValueError("unix_socket_directories is empty: pg_ferret needs a Unix socket to reach PostgreSQL")
 
 
-class Config(BaseModel):
-    """Settings and server: the JSON of the channel's settings message."""
-
-    model_config = ConfigDict(frozen=True)
+class Config(BaseModel, frozen=True):
+    """One settings message of the launcher."""
 
     settings: Settings
     server: Server
 
-    @field_validator("settings", mode="before")
-    @classmethod
-    def _from_rows(cls, value: Any) -> Any:
-        return Settings.from_rows(value) if isinstance(value, Mapping) else value
-
     @classmethod
     def from_json(cls, text: bytes | str) -> Config:
-        """Raises pydantic.ValidationError, whose locations name the settings."""
-        return cls.model_validate(json.loads(text))
+        """Read a settings message; raises pydantic.ValidationError, a ValueError."""
+        return cls.model_validate_json(text)
 
     def to_json(self) -> bytes:
-        """The same shape again."""
-        return json.dumps({"settings": self.settings.to_rows(), "server": self.server.model_dump(mode="json")}).encode()
+        """The same message again."""
+        return self.model_dump_json().encode()
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[IPv6]:port``; raises ValueError."""
+    match = _ADDRESS.fullmatch(text)
+    if not match or not 1 <= int(match[3]) <= 65535:
+        raise ValueError("an address is host:port or [IPv6]:port, with a port from 1 to 65535")
+    return match[1] or match[2], int(match[3])
+
+
+def text_of(name: str, value: Any) -> str:
+    """A value of the setting ``name`` as pg_settings shows it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(value) or "-"
+    if isinstance(value, int) and guc_of(name).octal:
+        return f"{value:04o}"
+    return str(value)
+
+
+def guc_of(name: str) -> Guc:
+    """What PostgreSQL knows of the setting ``name``; raises KeyError."""
+    return next(item for item in Settings.model_fields[name].metadata if isinstance(item, Guc))
