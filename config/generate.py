@@ -117,7 +117,7 @@ def status_layout_h() -> str:
     lines += ["} FerretSlot;", ""]
     lines += ['StaticAssertDecl(sizeof(FerretSlot) == SLOT_BYTES, "status slot layout");']
     for enumeration in (status.Kind, status.State):
-        prefix = enumeration.__name__.upper()
+        prefix = "FERRET_" + enumeration.__name__.upper()  # PostgreSQL has a STATE_STARTING of its own
         lines += ["", "enum", "{", *(f"\t{prefix}_{item.name} = {item.value}," for item in enumeration), "};"]
         names = ["NULL" if item.value == 0 else _c_string(item.name.lower()) for item in enumeration]
         lines += [f"#define {prefix}_NAMES {{{', '.join(names)}}}"]

@@ -258,7 +258,7 @@ spawn(void)
 	if (child < 0)
 	{
 		ereport(LOG, (errmsg("pg_ferret: could not start the supervisor: %m")));
-		ferret_supervisor_state(0, STATE_BACKOFF, NULL, "could not start the supervisor, see PostgreSQL's log");
+		ferret_supervisor_state(0, FERRET_STATE_BACKOFF, NULL, "could not start the supervisor, see PostgreSQL's log");
 		return;
 	}
 	supervisor = child;
@@ -267,7 +267,7 @@ spawn(void)
 	settings_unsent = true;
 	settings_stale = true;
 	role_unsent = false;
-	ferret_supervisor_state(child, STATE_STARTING, NULL, "starting");
+	ferret_supervisor_state(child, FERRET_STATE_STARTING, NULL, "starting");
 }
 
 /* If the supervisor has ended: end what it left behind, tell, and plan the next one. */
@@ -306,7 +306,7 @@ reap(void)
 		ereport(LOG, (errmsg("pg_ferret: %s", message)));
 	}
 	ferret_clear_slots();
-	ferret_supervisor_state(0, exec_failure ? STATE_FAILED : STATE_BACKOFF, last_exit, message);
+	ferret_supervisor_state(0, exec_failure ? FERRET_STATE_FAILED : FERRET_STATE_BACKOFF, last_exit, message);
 	pfree(message);
 	if (exec_failure)
 		pfree(exec_failure);

@@ -69,7 +69,7 @@ ferret_supervisor_state(int64 pid, int64 state, const char *last_exit, const cha
 	FerretSlot *slot = &ferret_shared->slots[0];
 
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	slot->number[SLOT_KIND] = KIND_SUPERVISOR;
+	slot->number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
 	slot->number[SLOT_SLOT] = 0;
 	slot->number[SLOT_PID] = pid;
 	slot->number[SLOT_STATE] = state;
@@ -138,8 +138,8 @@ put_heartbeat_age(const FerretSlot *slot, Datum *datum, bool *null)
 static void
 put_slot(const FerretSlot *slot, ReturnSetInfo *set)
 {
-	static const char *const kinds[] = KIND_NAMES;
-	static const char *const states[] = STATE_NAMES;
+	static const char *const kinds[] = FERRET_KIND_NAMES;
+	static const char *const states[] = FERRET_STATE_NAMES;
 	Datum		values[STATUS_COLUMNS] = {0};
 	bool		nulls[STATUS_COLUMNS] = {0};
 	int			column = 0;
@@ -177,11 +177,11 @@ put_supervisor(const FerretSlot *shared, const char *problem, int launcher_pid, 
 	FerretSlot	slot = *shared;
 	char		message[sizeof(slot.message)];
 
-	slot.number[SLOT_KIND] = KIND_SUPERVISOR;
+	slot.number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
 	if (launcher_pid == 0)
 	{
 		slot.number[SLOT_PID] = slot.number[SLOT_STARTED] = slot.number[SLOT_HEARTBEAT] = 0;
-		slot.number[SLOT_STATE] = STATE_FAILED;
+		slot.number[SLOT_STATE] = FERRET_STATE_FAILED;
 		strlcpy(slot.message, "launcher not running, see max_worker_processes and PostgreSQL's log", sizeof(slot.message));
 	}
 	if (problem[0] != '\0')
@@ -210,7 +210,7 @@ ferretdb_status(PG_FUNCTION_ARGS)
 
 	put_supervisor(&copy->slots[0], copy->problem, copy->launcher_pid, set);
 	for (int index = 1; index <= ferret_max_workers; index++)
-		if (copy->slots[index].number[SLOT_KIND] != KIND_FREE)
+		if (copy->slots[index].number[SLOT_KIND] != FERRET_KIND_FREE)
 			put_slot(&copy->slots[index], set);
 	pfree(copy);
 	PG_RETURN_NULL();

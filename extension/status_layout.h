@@ -42,22 +42,22 @@ StaticAssertDecl(sizeof(FerretSlot) == SLOT_BYTES, "status slot layout");
 
 enum
 {
-	KIND_FREE = 0,
-	KIND_SUPERVISOR = 1,
-	KIND_WORKER = 2,
+	FERRET_KIND_FREE = 0,
+	FERRET_KIND_SUPERVISOR = 1,
+	FERRET_KIND_WORKER = 2,
 };
-#define KIND_NAMES {NULL, "supervisor", "worker"}
+#define FERRET_KIND_NAMES {NULL, "supervisor", "worker"}
 
 enum
 {
-	STATE_NONE = 0,
-	STATE_STARTING = 1,
-	STATE_READY = 2,
-	STATE_DRAINING = 3,
-	STATE_STOPPING = 4,
-	STATE_BACKOFF = 5,
-	STATE_FAILED = 6,
+	FERRET_STATE_NONE = 0,
+	FERRET_STATE_STARTING = 1,
+	FERRET_STATE_READY = 2,
+	FERRET_STATE_DRAINING = 3,
+	FERRET_STATE_STOPPING = 4,
+	FERRET_STATE_BACKOFF = 5,
+	FERRET_STATE_FAILED = 6,
 };
-#define STATE_NAMES {NULL, "starting", "ready", "draining", "stopping", "backoff", "failed"}
+#define FERRET_STATE_NAMES {NULL, "starting", "ready", "draining", "stopping", "backoff", "failed"}
 
 #endif
