@@ -1,0 +1,66 @@
+# Everything runs through dev/enter: on this host if it has PostgreSQL 18 with DocumentDB, else in a cached Debian root.
+
+RUN_DIR ?= .run
+PORT ?= 27017
+PG_PORT ?= 5433
+ARGS ?=
+
+override RUN_DIR := $(abspath $(RUN_DIR))
+export RUN_DIR
+PYTHON_CODE := pg_ferret supervisor config dev tests
+CLUSTER := dev/enter python3 -m dev.instance
+TESTS := dev/enter --private --as postgres python3 -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help run start stop uri psql build test unit integration lint fmt generate clean
+
+help: ## show this
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@echo
+	@echo "  RUN_DIR=$(RUN_DIR) PORT=$(PORT) PG_PORT=$(PG_PORT)"
+	@echo "  Other values of all three give another instance beside this one."
+
+run: build ## start PostgreSQL with pg_ferret in the foreground; Ctrl-C stops it
+	@$(CLUSTER) run --port $(PORT) --pg-port $(PG_PORT)
+
+start: build ## start it in the background; the last line is the URI
+	@$(CLUSTER) start --port $(PORT) --pg-port $(PG_PORT)
+
+stop: ## stop it
+	@$(CLUSTER) stop
+
+uri: ## print the URI of the running instance
+	@cat '$(RUN_DIR)/uri' 2>/dev/null || { echo "pg_ferret: not running, try make start" >&2; exit 1; }
+
+psql: ## SQL beside it: make psql ARGS="-c 'select * from ferretdb.status'"
+	@$(CLUSTER) psql -- $(ARGS)
+
+build: ## compile the extension (outside the checkout)
+	@dev/enter --write --as owner python3 -m compileall -q pg_ferret supervisor config
+	@dev/enter dev/build
+
+test: lint build ## lint, unit and integration tests
+	@$(TESTS) tests $(ARGS)
+
+unit: build ## unit tests; ARGS= goes to pytest
+	@$(TESTS) tests/unit $(ARGS)
+
+integration: build ## tests against a real server; ARGS= goes to pytest
+	@$(TESTS) tests/integration $(ARGS)
+
+lint: ## ruff, mypy, and that generated files are up to date
+	@dev/enter ruff check --quiet --no-cache .
+	@dev/enter ruff format --quiet --no-cache --check .
+	@dev/enter mypy --cache-dir=/tmp/pg_ferret-mypy $(PYTHON_CODE)
+	@dev/enter python3 -m config --check
+
+fmt: ## format the Python code
+	@dev/enter --write --as owner ruff check --quiet --no-cache --fix-only .
+	@dev/enter --write --as owner ruff format --no-cache .
+
+generate: ## write the files that follow from config/settings.py
+	@dev/enter --write --as owner python3 -m config
+
+clean: stop ## stop, and remove the data; the cached root stays
+	@dev/enter find /instance -mindepth 1 -delete
+	@rmdir '$(RUN_DIR)'
