@@ -5,14 +5,13 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from samples import config, message
-
 from config.settings import Config
 from pg_ferret.errors import StateDirError
 from pg_ferret.status import Slot, State
 from supervisor.channel import Channel
 from supervisor.crew import System
 from supervisor.prefork import Gateway, Supervisor
+from tests.unit.samples import config, message
 
 
 class FakeSystem:

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from samples import SERVER, SETTINGS
-
 from pg_ferret.status import SLOT_BYTES, Kind, Slot, State
+from tests.unit.samples import SERVER, SETTINGS
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"worker_timeout": "1000", "graceful_timeout": "300", "log_level": "debug"}

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from samples import config
 
 from supervisor.listen import TCP_SETTING, UNIX_SETTING, Address, ListenError, Listeners, open_tcp, wanted_addresses
+from tests.unit.samples import config
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from fake_system import World
 
 from pg_ferret.status import Kind, Slot, State
+from tests.unit.fake_system import World
 
 KILLED, FAILED_BOOT, CRASHED, LEFT = 9, 3 << 8, 1 << 8, 0
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stand_in import Launcher, free_port, gone
 
 from pg_ferret.status import State
+from tests.unit.stand_in import Launcher, free_port, gone
 
 FAKE_GATEWAY = [str(Path(__file__).with_name("fake_gateway.py"))]
 
