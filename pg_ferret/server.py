@@ -80,6 +80,9 @@ def conninfo(config: Config) -> str:
         "documentdb.localhost_connection_string": f"host={host}",
         # A NOTICE for every collection made implicitly helps nobody.
         "client_min_messages": "warning",
+        # A client's mistake is answered to the client; what is the engine's fault the gateway logs itself, without
+        # the error's CONTEXT, which can hold anything.  LOG lines (slow statements, auto_explain) still come.
+        "log_min_messages": "log",
         # What a DBA set for people at a prompt is not meant for a pool.
         "statement_timeout": "0",
         "idle_session_timeout": "0",
