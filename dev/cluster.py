@@ -194,8 +194,8 @@ class Cluster:
             preload=self.preload,
         )
         other._make_directories()
-        flags = ["-h", self.socket_dir, "-p", str(self.pg_port), "-U", SERVER_USER, "-R", "-X", "stream"]
-        self._run([PG_BIN / "pg_basebackup", "-D", other.data, "-c", "fast", *flags])
+        flags = ["-c", "fast", "-X", "stream", "-R"]
+        self._run([PG_BIN / "pg_basebackup", "-D", other.data, *flags, *self._address()])
         return other
 
     def start(self, *, wait: bool = True) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from dev.cluster import Cluster, ClusterError, answers_hello, port_is_free, server_user, wait_for
 
 _TRY = """\
-mongodb is served at {uri}, for example:
+MongoDB drivers are served at {uri}, for example:
 
   mongosh {uri}
-  dev/enter python3 -c 'from pymongo import MongoClient as C; t = C("{uri}").test.t; t.insert_one({{}}); print(*t.find())'
+  dev/enter python3 -c 'from pymongo import MongoClient; print(MongoClient("{uri}").test.things.insert_one({{}}))'
   make psql {where}ARGS="-c 'select * from ferretdb.status'"
 """
 
