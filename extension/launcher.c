@@ -1,11 +1,11 @@
 /*
- * launcher.c: the background worker.  It keeps one supervisor process running,
- * tells it the settings, and publishes what it reports.
+ * launcher.c: the background worker that starts the supervisor and serves it.
  *
- * Nothing in its loop may block: like every backend it has to answer
- * ProcSignalBarriers, or a DROP DATABASE elsewhere hangs.
+ * One latch loop with deadlines.  Nothing in it may block, because it answers
+ * ProcSignalBarrier for the whole cluster: messages are sent and received with
+ * MSG_DONTWAIT, children are waited for with WNOHANG, SQL has a lock_timeout.
  */
-#include "pg_ferret.h"
+#include "postgres.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -14,525 +14,726 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "access/xact.h"
 #include "access/xlog.h"
-#include "lib/stringinfo.h"
-#include "mb/pg_wchar.h"
+#include "executor/spi.h"
 #include "miscadmin.h"
+#include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
 #include "storage/ipc.h"
 #include "storage/latch.h"
+#include "storage/pmsignal.h"
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
-#define GRACE_MS 300			/* for the supervisor, at exit */
-#define LONGEST_WAIT_MS 10000
-#define RECOVERY_POLL_MS 100	/* promotion sends no signal */
-#define LONGEST_BACKOFF_MS 30000
-#define GOOD_LIFE_MS 60000		/* a supervisor that lived so long did not die early */
-#define MESSAGE_BYTES 65536
-#define MESSAGES_AT_ONCE 100
-#define OOM_SCORE "500"			/* the OOM killer takes Python before PostgreSQL */
+#include "pg_ferret.h"
 
-static const char *const settings_sql =
-	"SELECT json_build_object("
-	"'settings', (SELECT json_object_agg(substr(name, 10), setting) FROM pg_settings WHERE name LIKE 'ferretdb.%'),"
-	"'server', json_build_object("
-	"'socket_directories', current_setting('unix_socket_directories'),"
-	"'port', current_setting('port')::int,"
-	"'user', session_user,"
-	"'database', current_database(),"
-	"'data_directory', current_setting('data_directory'),"
-	"'max_connections', current_setting('max_connections')::int,"
-	"'superuser_reserved_connections', current_setting('superuser_reserved_connections')::int,"
-	"'reserved_connections', current_setting('reserved_connections')::int,"
-	"'version', split_part(current_setting('server_version'), ' ', 1),"
-	"'documentdb', (SELECT extversion FROM pg_extension WHERE extname = 'documentdb'),"
-	"'in_recovery', pg_is_in_recovery(),"
-	"'started', pg_postmaster_start_time(),"
-	"'setting_errors', (SELECT coalesce(json_agg(json_build_object('name', name, 'setting', coalesce(setting, ''), 'error', error)), '[]')"
-	" FROM pg_file_settings WHERE name LIKE 'ferretdb.%' AND error IS NOT NULL)))";
+#define CHANNEL_FD 3			/* the channel, in the supervisor */
+#define STOP_GRACE_MS 300		/* from SIGTERM to SIGKILL when we end */
+#define LONGEST_DELAY_MS 30000
+#define STEADY_MS 10000			/* a supervisor that lived so long did not fail early */
+#define RECOVERY_POLL_MS 100	/* nothing tells of a promotion */
+#define RESEND_MS 20			/* the channel was full */
+#define REFRESH_RETRY_MS 1000
+#define MESSAGES_PER_ROUND 100
+#define NEVER PG_INT64_MAX
 
-static const char *const file_errors_sql =
-	"SELECT string_agg(format('%s = %L: %s', name, setting, error), '; ')"
-	" FROM pg_file_settings WHERE name LIKE 'ferretdb.%' AND error IS NOT NULL";
+/* The facts that the supervisor needs: Config.from_json() in config/settings.py reads this. */
+#define SETTINGS_SQL \
+	"SELECT json_build_object(" \
+	" 'settings', (SELECT json_object_agg(substr(name, 10), setting ORDER BY name)" \
+	"  FROM pg_settings WHERE name LIKE 'ferretdb.%')," \
+	" 'server', json_build_object(" \
+	"  'socket_directories', current_setting('unix_socket_directories')," \
+	"  'port', current_setting('port')::int," \
+	"  'user', session_user," \
+	"  'database', current_database()," \
+	"  'data_directory', current_setting('data_directory')," \
+	"  'max_connections', current_setting('max_connections')::int," \
+	"  'superuser_reserved_connections', current_setting('superuser_reserved_connections')::int," \
+	"  'reserved_connections', current_setting('reserved_connections')::int," \
+	"  'version', split_part(current_setting('server_version'), ' ', 1)," \
+	"  'documentdb', (SELECT extversion FROM pg_extension WHERE extname = 'documentdb')," \
+	"  'in_recovery', pg_is_in_recovery()," \
+	"  'started', to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')," \
+	"  'setting_errors', (SELECT coalesce(json_agg(json_build_object('name', coalesce(name, '')," \
+	"    'setting', coalesce(setting, ''), 'error', error) ORDER BY seqno), '[]')" \
+	"   FROM pg_file_settings WHERE error IS NOT NULL AND (name IS NULL OR name LIKE 'ferretdb.%'))" \
+	" ))"
 
-/* What is missing: the name of the next step of bootstrap(), or nothing. */
-static const char *const missing_sql =
-	"SELECT CASE"
-	" WHEN NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_ferret') THEN 'CREATE EXTENSION pg_ferret'"
-	" WHEN (SELECT extversion FROM pg_extension WHERE extname = 'pg_ferret') IS DISTINCT FROM"
-	" (SELECT default_version FROM pg_available_extensions WHERE name = 'pg_ferret') THEN 'ALTER EXTENSION pg_ferret UPDATE'"
-	" WHEN NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'documentdb') THEN 'CREATE EXTENSION documentdb CASCADE'"
-	" END";
+/* The same errors for people. */
+#define SETTING_ERRORS_SQL \
+	"SELECT string_agg(format('%s: %s', coalesce(name, format('%s line %s', sourcefile, sourceline)), error), '; '" \
+	"  ORDER BY seqno)" \
+	" FROM pg_file_settings WHERE error IS NOT NULL AND (name IS NULL OR name LIKE 'ferretdb.%')"
 
-static pid_t supervisor = 0;	/* also its process group; 0: none */
+/*
+ * The statement that prepares the database further; NULL if nothing is left to
+ * do, empty if a standby has to wait for its primary.  Looking first, a start
+ * writes no WAL.  PostGIS can't be created in pg_catalog, our search_path.
+ */
+#define NEXT_STEP_SQL \
+	"SELECT CASE" \
+	" WHEN ferret IS NOT NULL AND ferret = '" PG_FERRET_VERSION "' AND documentdb IS NOT NULL THEN NULL" \
+	" WHEN pg_is_in_recovery() THEN ''" \
+	" WHEN ferret IS NULL THEN 'CREATE EXTENSION pg_ferret VERSION ''" PG_FERRET_VERSION "'''" \
+	" WHEN ferret <> '" PG_FERRET_VERSION "' THEN 'ALTER EXTENSION pg_ferret UPDATE TO ''" PG_FERRET_VERSION "'''" \
+	" ELSE 'SET LOCAL search_path = public; CREATE EXTENSION documentdb CASCADE' END" \
+	" FROM (SELECT max(extversion) FILTER (WHERE extname = 'pg_ferret') AS ferret," \
+	"  max(extversion) FILTER (WHERE extname = 'documentdb') AS documentdb FROM pg_extension) AS installed"
+
+static volatile sig_atomic_t child_changed = false;
+
+/* The supervisor, 0 if there is none, and our end of the channel, or -1. */
+static pid_t supervisor = 0;
 static int	channel = -1;
-static bool channel_ended = false;
-static TimestampTz born = 0;
-static TimestampTz next_spawn = 0;
-static int	early_deaths = 0;
-static char *exec_failure = NULL;
-static char *settings = NULL;	/* the last message made */
-static bool settings_stale = true;
-static bool settings_unsent = false;
-static bool role_unsent = false;
+static int64 supervisor_born;
+
+/* When to do what next, in milliseconds of the monotonic clock, and how often it failed. */
+static int64 spawn_at = 0;
+static int64 refresh_at = 0;
+static int64 prepare_at = 0;
+static int	spawn_failures = 0;
+static int	prepare_failures = 0;
+
+/* What the supervisor is to know, and whether it has been told. */
+static char *settings = NULL;
+static bool settings_told = false;
 static bool in_recovery = false;
-static bool bootstrap_due = true;
-static TimestampTz next_bootstrap = 0;
-static int	bootstrap_failures = 0;
+static bool role_told = true;
 
-/* 0, 100, 200, 400 … ms, at most 30 s. */
-static int
-backoff_ms(int failures)
+/* Lives for one round of the loop. */
+static MemoryContext round_context;
+
+/* Milliseconds of the monotonic clock. */
+static int64
+now_ms(void)
 {
-	return failures == 0 ? 0 : Min(LONGEST_BACKOFF_MS, 100 << Min(failures - 1, 10));
+	return monotonic_ns() / 1000000;
 }
 
-/* A child has ended: the loop shall look. */
-static void
-on_sigchld(SIGNAL_ARGS)
+/* The wait before the next try: nothing, 'first' milliseconds, twice that, and so on. */
+static int64
+delay_ms(int failures, int first)
 {
-	SetLatch(MyLatch);
-}
-
-/* Send one message; false if the channel is full for now.  A dead peer is SIGCHLD's business. */
-static bool
-send_message(char verb, const char *text)
-{
-	size_t		length = strlen(text);
-	char	   *message = palloc(length + 1);
-	ssize_t		sent;
-
-	message[0] = verb;
-	memcpy(message + 1, text, length);
-	sent = send(channel, message, length + 1, MSG_DONTWAIT | MSG_NOSIGNAL);
-	pfree(message);
-	return sent >= 0 || (errno != EAGAIN && errno != EINTR && errno != ENOBUFS);
-}
-
-/* A line of the supervisor or a worker, for PostgreSQL's log. */
-static void
-log_line(char letter, char *text, int length)
-{
-	int			level = letter == 'D' ? DEBUG1 : letter == 'I' ? LOG : WARNING;
-
-	/* Broken UTF-8 would break the readers of the log. */
-	if (!pg_verify_mbstr(PG_UTF8, text, length, true))
-		for (int i = 0; i < length; i++)
-			if (IS_HIGHBIT_SET(text[i]) || text[i] == '\0')
-				text[i] = '?';
-	ereport(level, (errmsg_internal("%.*s", length, text), errhidestmt(true), errhidecontext(true)));
-}
-
-/* The interpreter could not be started. */
-static void
-take_exec_failure(int error)
-{
-	errno = error;
-	exec_failure = MemoryContextStrdup(TopMemoryContext,
-									   psprintf("ferretdb.python: cannot run \"%s\": %s", ferret_python, strerror(error)));
-	ereport(LOG,
-			(errmsg("pg_ferret: could not run \"%s\": %m", ferret_python),
-			 errhint("Set ferretdb.python to a Python interpreter and reload the configuration.")));
-}
-
-/* Take what the supervisor and the workers sent, a bounded number of messages. */
-static void
-receive_messages(void)
-{
-	static char message[MESSAGE_BYTES];
-
-	for (int i = 0; i < MESSAGES_AT_ONCE && channel >= 0 && !channel_ended; i++)
-	{
-		ssize_t		length = recv(channel, message, sizeof(message), MSG_DONTWAIT | MSG_TRUNC);
-
-		if (length < 0)
-		{
-			/* A peer that died with unread messages resets once; what it sent comes after that. */
-			if (errno == EINTR || errno == ECONNRESET)
-				continue;
-			return;
-		}
-		if (length == 0)
-			channel_ended = true;
-		else if (length > MESSAGE_BYTES)
-			elog(LOG, "pg_ferret: dropped a message of %zd bytes", length);
-		else if (message[0] == 's' && length == 1 + sizeof(int32) + sizeof(FerretSlot))
-		{
-			int32		index;
-			FerretSlot	slot;
-
-			memcpy(&index, message + 1, sizeof(index));
-			memcpy(&slot, message + 1 + sizeof(index), sizeof(slot));
-			ferret_store_slot(index, &slot);
-		}
-		else if (message[0] == 'l' && length > 2)
-			log_line(message[1], message + 2, length - 2);
-		else if (message[0] == 'x' && length == 1 + sizeof(int32))
-		{
-			int32		error;
-
-			memcpy(&error, message + 1, sizeof(error));
-			take_exec_failure(error);
-		}
-	}
+	return failures < 1 ? 0 : Min((int64) first << Min(failures - 1, 16), LONGEST_DELAY_MS);
 }
 
 /*
- * Between fork and exec: only what is async-signal-safe, in this order.  Until
- * exec the child is still attached to shared memory, so it must not linger.
+ * Log what is wrong, once, and show it in slot 0 until it is something else;
+ * no text means that all is well again.
  */
 static void
-run_interpreter(int fd, pid_t parent, char *const argv[], char *const envp[])
+set_trouble(int subject, const char *text, const char *hint)
+{
+	char	   *shown = ferret_shared->trouble[subject];	/* nobody else writes it */
+	char		line[sizeof(ferret_shared->trouble[0])] = "";
+
+	if (text)
+		snprintf(line, sizeof(line), "%s%s%s%s", text, hint ? " (" : "", hint ? hint : "", hint ? ")" : "");
+	if (strcmp(shown, line) == 0)
+		return;
+	if (text)
+		ereport(LOG, errmsg("pg_ferret: %s", text), hint ? errhint("%s", hint) : 0);
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	strcpy(shown, line);
+	LWLockRelease(ferret_shared->lock);
+}
+
+/* Fill slot 0 on behalf of a supervisor that cannot do so itself, or not yet; NULL keeps the message. */
+static void
+own_row(int state, const char *message)
+{
+	FerretSlot *slot = &ferret_shared->slots[0];
+
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < SLOT_NUMBERS; i++)
+		slot->number[i] = SLOT_NULL;
+	slot->number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
+	slot->number[SLOT_STATE] = state;
+	slot->number[SLOT_PID] = supervisor;
+	if (supervisor)
+	{
+		slot->number[SLOT_STARTED] = GetCurrentTimestamp() +
+			(POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY;
+		slot->number[SLOT_HEARTBEAT] = monotonic_ns();
+	}
+	slot->number[SLOT_GENERATION] = ferret_shared->generation;
+	slot->number[SLOT_RESTARTS] = ferret_shared->restarts;
+	strlcpy(slot->last_exit, ferret_shared->last_exit, sizeof(slot->last_exit));
+	if (message)
+		strlcpy(slot->message, message, sizeof(slot->message));
+	LWLockRelease(ferret_shared->lock);
+}
+
+/* SIGCHLD: the supervisor's state may have changed. */
+static void
+handle_sigchld(SIGNAL_ARGS)
+{
+	child_changed = true;
+	SetLatch(MyLatch);
+}
+
+/*
+ * Run SQL in a transaction of its own; false and a log line if that fails, which
+ * never ends the launcher.  The first column of the first row goes to *value.
+ */
+static bool
+run_sql(const char *sql, char **value, ErrorData **error)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	volatile bool done = false;
+
+	/* lock_timeout acts by SIGINT; outside SQL, pg_cancel_backend() must not end us. */
+	pqsignal(SIGINT, StatementCancelHandler);
+	PG_TRY();
+	{
+		SetCurrentStatementStartTimestamp();
+		StartTransactionCommand();
+		SPI_connect();
+		PushActiveSnapshot(GetTransactionSnapshot());
+		pgstat_report_activity(STATE_RUNNING, sql);
+		if (SPI_execute(sql, false, 0) < 0)
+			elog(ERROR, "SPI_execute failed");
+		if (value)
+		{
+			char	   *text = SPI_processed ? SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1) : NULL;
+
+			*value = text ? MemoryContextStrdup(caller, text) : NULL;
+		}
+		SPI_finish();
+		PopActiveSnapshot();
+		CommitTransactionCommand();
+		done = true;
+	}
+	PG_CATCH();
+	{
+		HOLD_INTERRUPTS();
+		MemoryContextSwitchTo(caller);
+		*error = CopyErrorData();
+		FlushErrorState();
+		AbortCurrentTransaction();
+		RESUME_INTERRUPTS();
+	}
+	PG_END_TRY();
+	pqsignal(SIGINT, SIG_IGN);
+	QueryCancelPending = false;
+	MemoryContextSwitchTo(caller);
+	pgstat_report_stat(true);
+	pgstat_report_activity(STATE_IDLE, NULL);
+	return done;
+}
+
+/* Read settings and server facts again. */
+static void
+refresh(void)
+{
+	char	   *fresh;
+	char	   *errors;
+	ErrorData  *error;
+
+	if (!run_sql(SETTINGS_SQL, &fresh, &error) || !run_sql(SETTING_ERRORS_SQL, &errors, &error))
+	{
+		set_trouble(TROUBLE_DATABASE, psprintf("cannot read the settings: %s", error->message), error->hint);
+		refresh_at = now_ms() + REFRESH_RETRY_MS;
+		return;
+	}
+	refresh_at = NEVER;
+	set_trouble(TROUBLE_SETTINGS, errors, NULL);
+	if (settings && strcmp(settings, fresh) == 0)
+		return;
+	if (settings)
+		pfree(settings);
+	settings = MemoryContextStrdup(TopMemoryContext, fresh);
+	settings_told = false;
+}
+
+/* What to change when the extensions cannot be created. */
+static const char *
+preparation_hint(const ErrorData *error, const char *step)
+{
+	const char *cron = GetConfigOption("cron.database_name", true, false);
+
+	if (cron && strcmp(cron, ferret_database) != 0)
+		return psprintf("ferretdb.database is \"%s\" and cron.database_name is \"%s\": set both to the same database and restart.",
+						ferret_database, cron);
+	if (error->hint || !step || !strstr(step, "documentdb"))
+		return error->hint;
+	return "DocumentDB must be installed, and shared_preload_libraries must be 'pg_cron,pg_documentdb_core,pg_documentdb,pg_ferret' in this order.";
+}
+
+/* Take one step of preparing the database: the extensions are the user's without a CREATE EXTENSION. */
+static void
+prepare(void)
+{
+	char	   *step = NULL;
+	ErrorData  *error = NULL;
+
+	if (run_sql(NEXT_STEP_SQL, &step, &error))
+	{
+		if (step == NULL || (*step && run_sql(step, NULL, &error)))
+		{
+			if (step)
+				ereport(LOG, errmsg("pg_ferret: executed \"%s\" in database \"%s\"", step, ferret_database));
+			prepare_failures = 0;
+			prepare_at = step ? 0 : NEVER;
+			refresh_at = 0;		/* the supervisor waits for DocumentDB's version */
+			set_trouble(TROUBLE_DATABASE, NULL, NULL);
+			return;
+		}
+	}
+	prepare_failures++;
+	prepare_at = now_ms() + delay_ms(prepare_failures, 1000);
+	if (error)
+		set_trouble(TROUBLE_DATABASE, psprintf("cannot prepare database \"%s\": %s", ferret_database, error->message),
+					preparation_hint(error, step));
+	else
+		set_trouble(TROUBLE_DATABASE, "waiting for the primary to create the extensions documentdb and pg_ferret", NULL);
+}
+
+/*
+ * The forked child, up to exec: async-signal-safe calls only, and short, for it
+ * is still attached to shared memory.
+ */
+static pg_noreturn void
+exec_supervisor(int socket, pid_t parent, char **argv, char **envp)
 {
 	sigset_t	none;
-	struct sigaction default_action;
-	char		failure[1 + sizeof(int32)] = {'x'};
-	int			null;
-	int			oom;
-	int32		error;
+	int			fd;
+	char		failure[1 + sizeof(int32)] = "x";
+	int32		reason;
 
 	setsid();					/* PostgreSQL signals whole process groups */
-	memset(&default_action, 0, sizeof(default_action));
-	default_action.sa_handler = SIG_DFL;
-	for (int number = 1; number < NSIG; number++)
-		sigaction(number, &default_action, NULL);
+	for (int i = 1; i < NSIG; i++)
+		signal(i, SIG_DFL);
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	if (getppid() != parent)	/* it died before prctl: no signal will come */
-		_exit(1);
-	null = open("/dev/null", O_RDWR);
-	dup2(null, 0);
-	dup2(null, 1);
-	if (fd == FERRET_CHANNEL_FD)
-		fcntl(fd, F_SETFD, 0);	/* dup2 onto itself would leave close-on-exec set */
+	if (getppid() != parent)	/* it died before prctl */
+		_exit(127);
+
+	/* dup2() onto itself would leave the descriptor to be closed by exec. */
+	if (socket == CHANNEL_FD)
+		fcntl(socket, F_SETFD, 0);
 	else
-		dup2(fd, FERRET_CHANNEL_FD);
-	close_range(FERRET_CHANNEL_FD + 1, ~0U, 0);
-	oom = open("/proc/self/oom_score_adj", O_WRONLY);
-	if (oom >= 0)
+		dup2(socket, CHANNEL_FD);
+	if ((fd = open("/dev/null", O_RDWR)) >= 0)
 	{
-		(void) !write(oom, OOM_SCORE, strlen(OOM_SCORE));	/* only a preference */
-		close(oom);
+		dup2(fd, STDIN_FILENO);
+		dup2(fd, STDOUT_FILENO);
 	}
-	if (chdir("/") < 0)
-		_exit(1);
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
-	execve(argv[0], argv, envp);
-	error = errno;
-	memcpy(failure + 1, &error, sizeof(error));
-	send(FERRET_CHANNEL_FD, failure, sizeof(failure), MSG_NOSIGNAL);
+	close_range(CHANNEL_FD + 1, ~0U, 0);
+	/* If memory runs out, a gateway is a better victim than the database. */
+	if ((fd = open("/proc/self/oom_score_adj", O_WRONLY)) >= 0)
+	{
+		if (write(fd, "500", 3) < 0)
+			reason = 0;			/* an older kernel's refusal changes nothing */
+		close(fd);
+	}
+	if (chdir("/") == 0)
+	{
+		sigemptyset(&none);
+		sigprocmask(SIG_SETMASK, &none, NULL);
+		execve(argv[0], argv, envp);
+	}
+	reason = errno;
+	memcpy(failure + 1, &reason, sizeof(reason));
+	send(CHANNEL_FD, failure, sizeof(failure), MSG_DONTWAIT | MSG_NOSIGNAL);
 	_exit(127);
 }
 
-/* Fork and execute the supervisor. */
+/* Start a supervisor. */
 static void
 spawn(void)
 {
 	char	   *argv[] = {ferret_python, "-P", "-m", "supervisor", NULL};
 	char	   *envp[] = {"PATH=/usr/local/bin:/usr/bin:/bin", "LC_ALL=C.UTF-8", "PYTHONPATH=" PG_FERRET_PYTHON_DIR, NULL};
-	pid_t		parent = getpid();
+	int			pair[2] = {-1, -1};
+	pid_t		self = getpid();
 	pid_t		child = -1;
-	int			pair[2];
-	sigset_t	all;
-	sigset_t	before;
+	sigset_t	all,
+				before;
 
-	born = GetCurrentTimestamp();
-	next_spawn = TimestampTzPlusMilliseconds(born, LONGEST_BACKOFF_MS);
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0)
 	{
 		sigfillset(&all);
 		sigprocmask(SIG_SETMASK, &all, &before);
 		child = fork();
 		if (child == 0)
-			run_interpreter(pair[1], parent, argv, envp);
+			exec_supervisor(pair[1], self, argv, envp);
 		sigprocmask(SIG_SETMASK, &before, NULL);
-		close(pair[1]);
-		if (child < 0)
-			close(pair[0]);
 	}
 	if (child < 0)
 	{
-		ereport(LOG, (errmsg("pg_ferret: could not start the supervisor: %m")));
-		ferret_supervisor_state(0, FERRET_STATE_BACKOFF, NULL, "could not start the supervisor, see PostgreSQL's log");
+		char	   *text = psprintf("cannot start the supervisor: %s", strerror(errno));
+
+		close(pair[0]);
+		close(pair[1]);
+		ereport(LOG, errmsg("pg_ferret: %s", text));
+		own_row(FERRET_STATE_BACKOFF, text);
+		spawn_at = now_ms() + delay_ms(++spawn_failures + 1, 100);
 		return;
 	}
-	supervisor = child;
+	close(pair[1]);
 	channel = pair[0];
-	channel_ended = false;
-	settings_unsent = true;
-	settings_stale = true;
-	role_unsent = false;
-	ferret_supervisor_state(child, FERRET_STATE_STARTING, NULL, "starting");
+	supervisor = child;
+	supervisor_born = now_ms();
+	settings_told = false;
+	role_told = true;			/* the settings say it */
+	ferret_shared->generation++;
+	own_row(FERRET_STATE_STARTING, "");
 }
 
-/* If the supervisor has ended: end what it left behind, tell, and plan the next one. */
+/* Send one message; false if the channel is full. */
+static bool
+tell(char verb, const char *body)
+{
+	struct iovec parts[] = {{&verb, 1}, {unconstify(char *, body), strlen(body)}};
+	struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+
+	/* Of a supervisor that is gone we hear by SIGCHLD. */
+	if (sendmsg(channel, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+		return true;
+	if (errno == EMSGSIZE)
+		ereport(LOG, errmsg("pg_ferret: message of %zu bytes does not fit into the channel", strlen(body)));
+	return errno != EAGAIN && errno != EINTR && errno != ENOBUFS;
+}
+
+/* Tell the supervisor what it does not know yet. */
+static void
+tell_news(void)
+{
+	if (channel < 0)
+		return;
+	if (!role_told)
+		role_told = tell('R', in_recovery ? "standby" : "primary");
+	if (!settings_told && settings)
+		settings_told = tell('S', settings);
+}
+
+/* A status slot: int32 index, little-endian, and the slot. */
+static void
+take_slot(const unsigned char *body, size_t size)
+{
+	uint32		index;
+	FerretSlot	slot;
+
+	if (size != 4 + sizeof(FerretSlot))
+		return;
+	index = body[0] | body[1] << 8 | body[2] << 16 | (uint32) body[3] << 24;
+	if (index > (uint32) ferret_max_workers)
+		return;
+	memcpy(&slot, body + 4, sizeof(slot));
+	slot.last_exit[sizeof(slot.last_exit) - 1] = '\0';
+	slot.message[sizeof(slot.message) - 1] = '\0';
+	if (index == 0)
+	{
+		/* Of its predecessors a supervisor knows nothing. */
+		slot.number[SLOT_GENERATION] = ferret_shared->generation;
+		slot.number[SLOT_RESTARTS] = ferret_shared->restarts;
+		strlcpy(slot.last_exit, ferret_shared->last_exit, sizeof(slot.last_exit));
+	}
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	ferret_shared->slots[index] = slot;
+	LWLockRelease(ferret_shared->lock);
+}
+
+/* A log line: one letter for the level, then UTF-8.  Never ERROR: that would be our own. */
+static void
+take_log(const char *body, size_t size)
+{
+	int			level;
+
+	if (size < 1)
+		return;
+	level = *body == 'D' ? DEBUG1 : *body == 'I' ? LOG : WARNING;
+	if (message_level_is_interesting(level))
+		ereport(level,
+				errmsg_internal("%s", clean_text(body + 1, size - 1)),
+				errhidestmt(true), errhidecontext(true));
+}
+
+/* The child could not execute the interpreter. */
+static void
+take_failure(const char *body, size_t size)
+{
+	int32		reason;
+	char	   *text;
+
+	if (size != sizeof(reason))
+		return;
+	memcpy(&reason, body, sizeof(reason));
+	text = psprintf("ferretdb.python: cannot execute \"%s\": %s", ferret_python, strerror(reason));
+	if (strcmp(ferret_shared->slots[0].message, text) != 0)
+		ereport(LOG,
+				errmsg("pg_ferret: %s", text),
+				errhint("Set ferretdb.python to the path of Python 3.11 or later and reload the configuration."));
+	own_row(FERRET_STATE_FAILED, text);
+}
+
+/* Take in what the supervisor and its workers have sent; true if there may be more. */
+static bool
+receive(void)
+{
+	static char buffer[64 * 1024];
+
+	for (int i = 0; channel >= 0 && i < MESSAGES_PER_ROUND; i++)
+	{
+		ssize_t		size = recv(channel, buffer, sizeof(buffer), MSG_DONTWAIT | MSG_TRUNC);
+
+		/* ECONNRESET comes once, before what the dead have sent, if they left mail unread. */
+		if (size < 0 && (errno == EINTR || errno == ECONNRESET))
+			continue;
+		if (size < 0)
+			return false;
+		if (size == 0)			/* nobody is there any more; SIGCHLD will tell, unless it just closed its end */
+		{
+			close(channel);
+			channel = -1;
+			kill(-supervisor, SIGKILL);
+			return false;
+		}
+		if (size > (ssize_t) sizeof(buffer))
+			continue;
+		switch (buffer[0])
+		{
+			case 's':
+				take_slot((unsigned char *) buffer + 1, size - 1);
+				break;
+			case 'l':
+				take_log(buffer + 1, size - 1);
+				break;
+			case 'x':
+				take_failure(buffer + 1, size - 1);
+				break;
+		}
+	}
+	return channel >= 0;
+}
+
+/* Is the supervisor a zombie?  It is left one, so that its process group's id stays taken. */
+static bool
+supervisor_ended(siginfo_t *info)
+{
+	info->si_pid = 0;
+	return waitid(P_PID, supervisor, info, WEXITED | WNOHANG | WNOWAIT) == 0 && info->si_pid == supervisor;
+}
+
+/* End what is left of the supervisor's process group and forget it. */
+static void
+bury(void)
+{
+	kill(-supervisor, SIGKILL);
+	while (waitpid(supervisor, NULL, 0) < 0 && errno == EINTR)
+		;
+	supervisor = 0;
+	if (channel >= 0)
+		close(channel);
+	channel = -1;
+}
+
+/* The supervisor has ended unasked: clean up, say so, and have another one started. */
 static void
 reap(void)
 {
-	siginfo_t	info = {0};
-	int			status;
-	int			delay;
-	char		last_exit[32];
-	char	   *message;
+	siginfo_t	info;
+	pid_t		pid = supervisor;
+	char		last_exit[sizeof(ferret_shared->last_exit)];
+	bool		hopeless;
 
-	if (supervisor == 0 || waitid(P_PID, supervisor, &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid == 0)
+	child_changed = false;
+	if (supervisor == 0 || !supervisor_ended(&info))
 		return;
-	/* The zombie still holds the group's id, so this hits its workers and nobody else. */
 	kill(-supervisor, SIGKILL);
-	receive_messages();
-	while (waitpid(supervisor, &status, 0) < 0 && errno == EINTR)
-		;
-	supervisor = 0;
-	close(channel);
-	channel = -1;
-	if (TimestampDifferenceExceeds(born, GetCurrentTimestamp(), GOOD_LIFE_MS))
-		early_deaths = 0;
-	delay = backoff_ms(early_deaths++);
-	next_spawn = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
-	if (WIFSIGNALED(status))
-		snprintf(last_exit, sizeof(last_exit), "signal %s", sigabbrev_np(WTERMSIG(status)));
+	receive();					/* its last words */
+	bury();
+
+	if (info.si_code == CLD_EXITED)
+		snprintf(last_exit, sizeof(last_exit), "exit %d", info.si_status);
 	else
-		snprintf(last_exit, sizeof(last_exit), "exit %d", WEXITSTATUS(status));
-	if (exec_failure)
-		message = pstrdup(exec_failure);
+		snprintf(last_exit, sizeof(last_exit), "signal %s", sigabbrev_np(info.si_status));
+	spawn_failures = now_ms() - supervisor_born >= STEADY_MS ? 0 : spawn_failures + 1;
+	spawn_at = now_ms() + delay_ms(spawn_failures - 1, 100);
+
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	ferret_shared->restarts++;
+	strcpy(ferret_shared->last_exit, last_exit);
+	memset(&ferret_shared->slots[1], 0, ferret_max_workers * sizeof(FerretSlot));
+	/* Whoever could not start has left the reason. */
+	hopeless = ferret_shared->slots[0].number[SLOT_STATE] == FERRET_STATE_FAILED;
+	LWLockRelease(ferret_shared->lock);
+	if (hopeless)
+		own_row(FERRET_STATE_FAILED, NULL);
 	else
 	{
-		message = psprintf("supervisor ended (%s), see PostgreSQL's log; starting it again in %d ms", last_exit, delay);
-		ereport(LOG, (errmsg("pg_ferret: %s", message)));
+		own_row(FERRET_STATE_BACKOFF, psprintf("the supervisor ended with %s", last_exit));
+		ereport(LOG, errmsg("pg_ferret: supervisor (PID %d) ended with %s, the next one starts in %d ms",
+							(int) pid, last_exit, (int) (spawn_at - now_ms())));
 	}
-	ferret_clear_slots();
-	ferret_supervisor_state(0, exec_failure ? FERRET_STATE_FAILED : FERRET_STATE_BACKOFF, last_exit, message);
-	pfree(message);
-	if (exec_failure)
-		pfree(exec_failure);
-	exec_failure = NULL;
 }
 
-/* Make the settings message anew and send it if it differs from the last one. */
+/* Before exit, for whatever reason: take the process tree along.  Without us, PDEATHSIG does that. */
 static void
-send_settings(void)
+launcher_exit(int code, Datum arg)
 {
-	char	   *text;
+	siginfo_t	info;
 
-	if (settings_stale)
+	if (supervisor)
 	{
-		settings_stale = false;
-		if (ferret_sql("pg_ferret: read settings", settings_sql, NULL, &text) && text)
-		{
-			if (settings == NULL || strcmp(settings, text) != 0)
-			{
-				if (settings)
-					pfree(settings);
-				settings = MemoryContextStrdup(TopMemoryContext, text);
-				settings_unsent = true;
-			}
-			pfree(text);
-		}
-		else
-			ereport(LOG, (errmsg("pg_ferret: could not read the settings: %s", ferret_last_error())));
+		int64		deadline = now_ms() + STOP_GRACE_MS;
+
+		if (channel >= 0)
+			tell('Q', "fast");
+		kill(supervisor, SIGTERM);
+		while (!supervisor_ended(&info) && now_ms() < deadline)
+			pg_usleep(2000);
+		bury();
 	}
-	if (settings_unsent && settings && supervisor != 0)
-		settings_unsent = !send_message('S', settings);
-	if (role_unsent && supervisor != 0)
-		role_unsent = !send_message('R', in_recovery ? "standby" : "primary");
-}
-
-/* Show the settings in files that PostgreSQL could not apply, or take that back. */
-static void
-check_files(void)
-{
-	char	   *errors;
-
-	if (ferret_sql("pg_ferret: check files", file_errors_sql, NULL, &errors))
-		ferret_problem(errors ? errors : "");
-	if (errors)
-		pfree(errors);
+	if (!PostmasterIsAlive())
+		return;					/* nobody will read it, and the lock may never be free */
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	ferret_shared->launcher = 0;
+	memset(ferret_shared->slots, 0, (ferret_max_workers + 1) * sizeof(FerretSlot));
+	LWLockRelease(ferret_shared->lock);
 }
 
 /*
- * Have the extensions there.  Looking first means that a restart writes no WAL
- * and takes no locks.  pg_ferret comes before documentdb, so that a failure of
- * the latter can be seen in ferretdb.status.
+ * Connect to ferretdb.database.  A failure is FATAL and the postmaster starts us
+ * again after a second, so launchers in vain are counted and made to wait here.
  */
 static void
-bootstrap(void)
+connect_database(void)
 {
-	char	   *step = NULL;
-	bool		ok;
+	int			failures = ferret_shared->connecting;
+	int64		deadline = now_ms() + delay_ms(failures, 1000);
 
-	for (int steps = 0; (ok = ferret_sql("pg_ferret: look for extensions", missing_sql, NULL, &step)) && step && steps < 4; steps++)
-	{
-		/* PostGIS, which documentdb needs, cannot live in pg_catalog. */
-		ok = ferret_sql(step, step, strstr(step, "documentdb") ? "public" : NULL, NULL);
-		if (!ok)
-			break;
-		ereport(LOG, (errmsg("pg_ferret: %s", step)));
-		settings_stale = true;
-	}
-	if (step)
-		pfree(step);
-	bootstrap_due = !ok;
-	if (ok)
-	{
-		if (bootstrap_failures > 0)
-			ferret_problem("");
-		bootstrap_failures = 0;
-		return;
-	}
-	next_bootstrap = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 10 * backoff_ms(++bootstrap_failures));
-	ereport(LOG, (errmsg("pg_ferret: %s", ferret_last_error())));
-	ferret_problem(ferret_last_error());
-}
-
-/* Follow changes of configuration and role. */
-static void
-follow_server(void)
-{
-	if (ConfigReloadPending)
-	{
-		ConfigReloadPending = false;
-		ProcessConfigFile(PGC_SIGHUP);
-		settings_stale = true;
-		early_deaths = 0;
-		next_spawn = 0;
-		bootstrap_due = true;
-		next_bootstrap = 0;
-		check_files();
-	}
-	if (in_recovery != RecoveryInProgress())
-	{
-		in_recovery = !in_recovery;
-		role_unsent = true;
-		settings_stale = true;
-		bootstrap_due = true;
-		next_bootstrap = 0;
-	}
-}
-
-/* Milliseconds until something is to be done without being told. */
-static long
-wait_ms(void)
-{
-	TimestampTz now = GetCurrentTimestamp();
-	long		wait = in_recovery ? RECOVERY_POLL_MS : LONGEST_WAIT_MS;
-
-	if (supervisor == 0)
-		wait = Min(wait, TimestampDifferenceMilliseconds(now, next_spawn));
-	if (bootstrap_due && !in_recovery)
-		wait = Min(wait, TimestampDifferenceMilliseconds(now, next_bootstrap));
-	if (settings_unsent || role_unsent)
-		wait = Min(wait, 100);
-	return Max(wait, 0);
-}
-
-/* At exit, whatever the reason: nothing of ours may outlive us. */
-static void
-end_supervisor(int code, Datum arg)
-{
-	ferret_shared->launcher_pid = 0;
-	if (supervisor == 0)
-		return;
-	if (!channel_ended)
-		send_message('Q', "fast");
-	kill(supervisor, SIGTERM);
-	for (int waited = 0; waited < GRACE_MS; waited += 2)
-	{
-		siginfo_t	info = {0};
-
-		if (waitid(P_PID, supervisor, &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid != 0)
-			break;
-		pg_usleep(2000L);
-	}
-	kill(-supervisor, SIGKILL);
-	waitpid(supervisor, NULL, 0);
-	supervisor = 0;
-}
-
-/* Wait before connecting if earlier launchers failed to: a wrong ferretdb.database must not spin. */
-static void
-wait_for_turn(void)
-{
-	int			failures = ferret_shared->starts++;
-	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 5 * backoff_ms(failures));
-	long		left;
-
-	if (failures > 0)
-		ferret_problem(psprintf("cannot use database \"%s\" (ferretdb.database), see PostgreSQL's log", ferret_database));
-	while ((left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline)) > 0)
-	{
-		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, left, PG_WAIT_EXTENSION);
-		ResetLatch(MyLatch);
-		if (ProcDiePending)
-			proc_exit(1);
-		CHECK_FOR_INTERRUPTS();
-	}
-}
-
-/* Settings of the database or of roles must not reach the launcher's own SQL. */
-static void
-protect_session(void)
-{
-	static const char *const fixed[][2] = {
+	/* What ALTER DATABASE or ALTER ROLE may have set must not break our SQL. */
+	static const char *const overrides[][2] = {
 		{"search_path", "pg_catalog"},
-		{"synchronous_commit", "local"},	/* an absent synchronous standby must not hang us */
+		{"synchronous_commit", "local"},
 		{"lock_timeout", "2s"},
 		{"transaction_timeout", "0"},
 		{"default_transaction_read_only", "off"},
+		{"default_transaction_isolation", "read committed"},
 		{"event_triggers", "off"},
 	};
 
-	for (int i = 0; i < (int) lengthof(fixed); i++)
-		SetConfigOption(fixed[i][0], fixed[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	if (failures)
+		set_trouble(TROUBLE_DATABASE, psprintf("cannot connect to database \"%s\", see the line before", ferret_database),
+					"ferretdb.database must name an existing database, the same as cron.database_name.");
+	/* The latch is set at the start, so one wait would not do. */
+	for (int64 left; (left = deadline - now_ms()) > 0 && !ProcDiePending;)
+	{
+		WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, (long) left, PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+	}
+	if (ProcDiePending)
+		proc_exit(1);
+
+	for (size_t i = 0; i < lengthof(overrides); i++)
+		SetConfigOption(overrides[i][0], overrides[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	ferret_shared->connecting = failures + 1;
+	BackgroundWorkerInitializeConnection(ferret_database, NULL, 0);
+	ferret_shared->connecting = 0;
+	set_trouble(TROUBLE_DATABASE, NULL, NULL);
 }
 
-/* The background worker's main function. */
+/* Take the signals, the exit path and the memory that the loop needs. */
+static void
+set_up(void)
+{
+	pqsignal(SIGTERM, die);
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGCHLD, handle_sigchld);
+	pqsignal(SIGINT, SIG_IGN);
+	BackgroundWorkerUnblockSignals();
+
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	ferret_shared->launcher = MyProcPid;
+	LWLockRelease(ferret_shared->lock);
+	before_shmem_exit(launcher_exit, (Datum) 0);
+	round_context = AllocSetContextCreate(TopMemoryContext, LAUNCHER_NAME, ALLOCSET_DEFAULT_SIZES);
+	own_row(FERRET_STATE_STARTING, "");
+}
+
+/* The configuration was reloaded: everything that failed is worth another try at once. */
+static void
+reload(void)
+{
+	ConfigReloadPending = false;
+	ProcessConfigFile(PGC_SIGHUP);
+	refresh_at = prepare_at = spawn_at = 0;
+	prepare_failures = spawn_failures = 0;
+}
+
+/* A standby that is promoted: the primary's duties are ours. */
+static void
+notice_promotion(void)
+{
+	if (in_recovery && !RecoveryInProgress())
+	{
+		in_recovery = role_told = false;
+		refresh_at = prepare_at = 0;
+		prepare_failures = 0;
+	}
+}
+
+/* Sleep until something happens or is due. */
+static void
+rest(uint32 wait_event)
+{
+	int64		due = Min(refresh_at, prepare_at);
+	int			events = WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH;
+	int64		now = now_ms();
+
+	if (supervisor == 0)
+		due = Min(due, spawn_at);
+	if (channel >= 0 && !(settings_told && role_told))
+		due = Min(due, now + RESEND_MS);
+	if (in_recovery)
+		due = Min(due, now + RECOVERY_POLL_MS);
+	if (channel >= 0)
+		events |= WL_SOCKET_READABLE;
+	due = Max(0, Min(due - now, 60000));
+	WaitLatchOrSocket(MyLatch, events, channel >= 0 ? channel : PGINVALID_SOCKET, (long) due, wait_event);
+	ResetLatch(MyLatch);
+}
+
+/* The launcher's main function. */
 void
 ferret_launcher_main(Datum arg)
 {
 	uint32		wait_event;
 
-	pqsignal(SIGTERM, die);
-	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGINT, SIG_IGN);	/* pg_cancel_backend would end us outside SQL */
-	pqsignal(SIGCHLD, on_sigchld);
-	BackgroundWorkerUnblockSignals();
-	before_shmem_exit(end_supervisor, 0);
-
-	ferret_shared->launcher_pid = MyProcPid;
-	wait_for_turn();
-	protect_session();
-	BackgroundWorkerInitializeConnection(ferret_database, NULL, 0);
-	ferret_shared->starts = 0;
-	ferret_problem("");
-	check_files();
+	set_up();
+	connect_database();
 	wait_event = WaitEventExtensionNew("FerretMain");
 	in_recovery = RecoveryInProgress();
+	MemoryContextSwitchTo(round_context);
 
 	for (;;)
 	{
-		/* Quietly, and never with status 0: PostgreSQL would not start us again. */
-		if (ProcDiePending)
-			proc_exit(1);
+		MemoryContextReset(round_context);
+		if (ProcDiePending)		/* quietly: CHECK_FOR_INTERRUPTS would be FATAL */
+			proc_exit(1);		/* after 0 the postmaster would not start us again */
 		CHECK_FOR_INTERRUPTS();
-		follow_server();
-		reap();
-		if (supervisor == 0 && GetCurrentTimestamp() >= next_spawn)
+		if (ConfigReloadPending)
+			reload();
+		receive();
+		if (child_changed)
+			reap();
+		notice_promotion();
+		/* The supervisor must not wait for DDL, which may wait for locks. */
+		if (supervisor == 0 && now_ms() >= spawn_at)
 			spawn();
-		send_settings();
-		if (bootstrap_due && !in_recovery && GetCurrentTimestamp() >= next_bootstrap)
-		{
-			bootstrap();
-			send_settings();
-		}
-		receive_messages();
-		WaitLatchOrSocket(MyLatch,
-						  WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH | (channel >= 0 && !channel_ended ? WL_SOCKET_READABLE : 0),
-						  channel, wait_ms(), wait_event);
-		ResetLatch(MyLatch);
+		if (now_ms() >= refresh_at)
+			refresh();
+		tell_news();
+		if (now_ms() >= prepare_at)
+			prepare();
+		rest(wait_event);
 	}
 }

@@ -1,4 +1,5 @@
-/* pg_ferret--1.0.sql: run by the launcher (launcher.c), not by people. */
+-- Created and updated by the launcher: nobody has to type CREATE EXTENSION.
+-- It must not depend on documentdb: ferretdb.status has to tell why documentdb can't be created.
 \echo Use "CREATE EXTENSION pg_ferret" to load this file. \quit
 
 CREATE SCHEMA ferretdb;
@@ -9,22 +10,19 @@ CREATE FUNCTION ferretdb.status(
     OUT heartbeat_age interval, OUT generation bigint, OUT restarts bigint, OUT last_exit text,
     OUT connections bigint, OUT connections_total bigint, OUT requests bigint, OUT errors bigint,
     OUT in_flight bigint, OUT bytes_in bigint, OUT bytes_out bigint, OUT cursors bigint,
-    OUT pool_size bigint, OUT pool_in_use bigint, OUT pool_waiting bigint, OUT rss bigint, OUT message text)
-RETURNS SETOF record
-AS 'MODULE_PATHNAME', 'ferretdb_status'
-LANGUAGE C STRICT VOLATILE PARALLEL SAFE;
+    OUT pool_size bigint, OUT pool_in_use bigint, OUT pool_waiting bigint, OUT rss bigint,
+    OUT message text)
+RETURNS SETOF record AS 'MODULE_PATHNAME', 'ferretdb_status' LANGUAGE C STRICT VOLATILE;
 
 CREATE VIEW ferretdb.status AS SELECT * FROM ferretdb.status() ORDER BY slot;
+COMMENT ON VIEW ferretdb.status IS 'The processes of pg_ferret; slot 0 is the supervisor.';
 
 REVOKE ALL ON FUNCTION ferretdb.status() FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION ferretdb.status() TO pg_monitor;
 GRANT SELECT ON ferretdb.status TO pg_monitor;
 
-/* What a write brings is passed through these (bson_check.c). */
+-- What a write brings goes to the engine through these: they return their argument or raise an error.
 CREATE FUNCTION ferretdb.checked_bson(bytea) RETURNS bytea
-AS 'MODULE_PATHNAME', 'ferretdb_checked_bson'
-LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;
-
+AS 'MODULE_PATHNAME', 'ferretdb_checked_bson' LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;
 CREATE FUNCTION ferretdb.checked_bsonsequence(bytea) RETURNS bytea
-AS 'MODULE_PATHNAME', 'ferretdb_checked_bsonsequence'
-LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;
+AS 'MODULE_PATHNAME', 'ferretdb_checked_bsonsequence' LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;

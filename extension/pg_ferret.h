@@ -1,44 +1,47 @@
 /*
- * pg_ferret.h: what the files of the C part share.
+ * pg_ferret.h: what the parts of the library share.
  */
-#pragma once
-
-#include "postgres.h"
+#ifndef PG_FERRET_H
+#define PG_FERRET_H
 
 #include "storage/lwlock.h"
 
 #include "status_layout.h"
 
-#define FERRET_PROBLEM_BYTES 512
-#define FERRET_CHANNEL_FD 3
+#define LAUNCHER_NAME "pg_ferret launcher"
 
-/* The status table: slot 0 is the supervisor's, as in pg_ferret/status.py. */
+/* What can be wrong on the launcher's side, each shown in slot 0's message. */
+enum
+{
+	TROUBLE_DATABASE,			/* connecting, reading settings, creating the extensions */
+	TROUBLE_SETTINGS,			/* lines of the configuration files that were refused */
+	TROUBLES
+};
+
+/* In shared memory, all of it under the lock. */
 typedef struct FerretShared
 {
 	LWLock	   *lock;
-	int			launcher_pid;	/* 0: not running */
-	int			starts;			/* launchers since one last got a database */
-	char		problem[FERRET_PROBLEM_BYTES];	/* of the launcher itself; empty if there is none */
-	FerretSlot	slots[FLEXIBLE_ARRAY_MEMBER];
+	pid_t		launcher;		/* 0 if there is none */
+	int			connecting;		/* launchers started since one could connect */
+	int64		generation;		/* supervisors started */
+	int64		restarts;		/* supervisors that ended without being asked to */
+	char		last_exit[sizeof(((FerretSlot *) 0)->last_exit)];
+	char		trouble[TROUBLES][512];
+	FerretSlot	slots[FLEXIBLE_ARRAY_MEMBER];	/* 0 .. ferret_max_workers */
 } FerretShared;
 
-/* pg_ferret.c: settings that the C part itself reads (settings.h defines them all) */
-extern char *ferret_database;
-extern int	ferret_max_workers;
-extern char *ferret_python;
+/* pg_ferret.c */
 extern FerretShared *ferret_shared;
-
-/* status.c */
-extern Size ferret_shared_size(void);
-extern void ferret_shared_init(void);
-extern void ferret_store_slot(int index, const FerretSlot *slot);
-extern void ferret_clear_slots(void);
-extern void ferret_supervisor_state(int64 pid, int64 state, const char *last_exit, const char *message);
-extern void ferret_problem(const char *text);
-
-/* sql.c */
-extern bool ferret_sql(const char *what, const char *sql, const char *search_path, char **result);
-extern char *ferret_last_error(void);
+extern char *ferret_database;
+extern char *ferret_python;
+extern int	ferret_max_workers;
 
 /* launcher.c */
 extern PGDLLEXPORT void ferret_launcher_main(Datum arg);
+
+/* status.c */
+extern int64 monotonic_ns(void);
+extern char *clean_text(const char *data, size_t size);
+
+#endif

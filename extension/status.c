@@ -1,217 +1,161 @@
 /*
- * status.c: the status table in shared memory and the function behind the view
- * ferretdb.status.
+ * status.c: the function behind the view ferretdb.status.
+ *
+ * It reads shared memory only, so it works on a standby, without a single
+ * process of ours, and never waits for one.
  */
-#include "pg_ferret.h"
+#include "postgres.h"
 
 #include <time.h>
 
 #include "fmgr.h"
 #include "funcapi.h"
 #include "mb/pg_wchar.h"
-#include "miscadmin.h"
-#include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "pg_ferret.h"
+
 PG_FUNCTION_INFO_V1(ferretdb_status);
 
-#define STATUS_COLUMNS 22
-#define UNIX_EPOCH_USECS ((POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY)
-
-/* How much shared memory the table takes. */
-Size
-ferret_shared_size(void)
+/* The columns, in the order of pg_ferret--1.0.sql. */
+enum
 {
-	return add_size(offsetof(FerretShared, slots), mul_size(ferret_max_workers + 1, sizeof(FerretSlot)));
-}
+	COLUMN_KIND,
+	COLUMN_SLOT,
+	COLUMN_PID,
+	COLUMN_STATE,
+	COLUMN_STARTED,
+	COLUMN_HEARTBEAT_AGE,
+	COLUMN_GENERATION,
+	COLUMN_RESTARTS,
+	COLUMN_LAST_EXIT,
+	COLUMN_COUNTERS,			/* SLOT_CONNECTIONS and all that follow */
+	COLUMN_MESSAGE = COLUMN_COUNTERS + SLOT_NUMBERS - SLOT_CONNECTIONS,
+	COLUMNS
+};
 
-/* Attach to the table; the first to come zeroes it. */
-void
-ferret_shared_init(void)
-{
-	bool		found;
-
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	ferret_shared = ShmemInitStruct("pg_ferret", ferret_shared_size(), &found);
-	if (!found)
-	{
-		memset(ferret_shared, 0, ferret_shared_size());
-		ferret_shared->lock = &GetNamedLWLockTranche("pg_ferret")->lock;
-	}
-	LWLockRelease(AddinShmemInitLock);
-}
-
-/* Publish a slot that the supervisor sent. */
-void
-ferret_store_slot(int index, const FerretSlot *slot)
-{
-	if (index < 0 || index > ferret_max_workers)
-		return;
-	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	memcpy(&ferret_shared->slots[index], slot, sizeof(FerretSlot));
-	LWLockRelease(ferret_shared->lock);
-}
-
-/* No process below the launcher is left. */
-void
-ferret_clear_slots(void)
-{
-	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	memset(&ferret_shared->slots[1], 0, mul_size(ferret_max_workers, sizeof(FerretSlot)));
-	LWLockRelease(ferret_shared->lock);
-}
-
-/* The supervisor's row as long as there is no supervisor to fill it; NULL leaves a text as it is. */
-void
-ferret_supervisor_state(int64 pid, int64 state, const char *last_exit, const char *message)
-{
-	FerretSlot *slot = &ferret_shared->slots[0];
-
-	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	slot->number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
-	slot->number[SLOT_SLOT] = 0;
-	slot->number[SLOT_PID] = pid;
-	slot->number[SLOT_STATE] = state;
-	for (int number = SLOT_CONNECTIONS; number < SLOT_NUMBERS; number++)
-		slot->number[number] = SLOT_NULL;
-	if (pid == 0)
-		slot->number[SLOT_STARTED] = slot->number[SLOT_HEARTBEAT] = 0;
-	if (last_exit)
-		strlcpy(slot->last_exit, last_exit, sizeof(slot->last_exit));
-	if (message)
-		strlcpy(slot->message, message, sizeof(slot->message));
-	LWLockRelease(ferret_shared->lock);
-}
-
-/* What the launcher itself has to complain about; the empty string takes it back. */
-void
-ferret_problem(const char *text)
-{
-	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	strlcpy(ferret_shared->problem, text, sizeof(ferret_shared->problem));
-	LWLockRelease(ferret_shared->lock);
-}
-
-/* -1 stands for "does not apply". */
-static void
-put_number(int64 value, Datum *datum, bool *null)
-{
-	*null = value < 0;
-	*datum = Int64GetDatum(value);
-}
-
-/* The name that a number stands for. */
-static void
-put_name(const char *const names[], int count, int64 number, Datum *datum, bool *null)
-{
-	*null = number < 0 || number >= count || names[number] == NULL;
-	if (!*null)
-		*datum = CStringGetTextDatum(names[number]);
-}
-
-/* The texts come from another process: never trust them to be UTF-8 or terminated. */
-static void
-put_text(const char *bytes, int size, Datum *datum, bool *null)
-{
-	int			length = strnlen(bytes, size);
-
-	*null = length == 0 || !pg_verify_mbstr(PG_UTF8, bytes, length, true);
-	if (!*null)
-		*datum = PointerGetDatum(cstring_to_text_with_len(bytes, length));
-}
-
-/* The time since the slot's process last said that it lives. */
-static void
-put_heartbeat_age(const FerretSlot *slot, Datum *datum, bool *null)
+/* Nanoseconds of the clock that heartbeats are measured with. */
+int64
+monotonic_ns(void)
 {
 	struct timespec now;
-	Interval   *age = palloc0(sizeof(Interval));
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
-	*null = slot->number[SLOT_HEARTBEAT] <= 0;
-	age->time = Max(0, (now.tv_sec * INT64CONST(1000000000) + now.tv_nsec - slot->number[SLOT_HEARTBEAT]) / 1000);
-	*datum = IntervalPGetDatum(age);
+	return (int64) now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* One row of the view. */
+/*
+ * A palloc'd copy of UTF-8 text from another process, up to its first NUL:
+ * what is not valid in this database loses its non-ASCII bytes.
+ */
+char *
+clean_text(const char *data, size_t size)
+{
+	char	   *text = pnstrdup(data, size);
+
+	if (GetDatabaseEncoding() != PG_UTF8 || !pg_verify_mbstr(PG_UTF8, text, strlen(text), true))
+		for (char *at = text; *at; at++)
+			if (IS_HIGHBIT_SET(*at))
+				*at = '?';
+	return text;
+}
+
+/* A column that holds text; empty text is NULL. */
 static void
-put_slot(const FerretSlot *slot, ReturnSetInfo *set)
+set_text(Datum *values, bool *nulls, int column, const char *text)
+{
+	nulls[column] = text == NULL || *text == '\0';
+	if (!nulls[column])
+		values[column] = CStringGetTextDatum(text);
+}
+
+/* A column that holds a number of a slot; the number 'null' is NULL. */
+static void
+set_number(Datum *values, bool *nulls, int column, int64 number, int64 null)
+{
+	nulls[column] = number == null;
+	values[column] = Int64GetDatum(number);
+}
+
+/* The name of a kind or state, NULL if there is none. */
+static const char *
+name_of(const char *const *names, int count, int64 number)
+{
+	return number >= 0 && number < count ? names[number] : NULL;
+}
+
+/* One row from one slot; 'trouble' is what the launcher has to say. */
+static void
+put_row(ReturnSetInfo *result, const FerretSlot *slot, int index, const char *trouble)
 {
 	static const char *const kinds[] = FERRET_KIND_NAMES;
 	static const char *const states[] = FERRET_STATE_NAMES;
-	Datum		values[STATUS_COLUMNS] = {0};
-	bool		nulls[STATUS_COLUMNS] = {0};
-	int			column = 0;
+	const int64 unix_epoch = (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY;
+	const int64 *number = slot->number;
+	Datum		values[COLUMNS] = {0};
+	bool		nulls[COLUMNS] = {0};
+	char	   *message = clean_text(slot->message, sizeof(slot->message));
+	Interval	age = {0};
 
-	put_name(kinds, lengthof(kinds), slot->number[SLOT_KIND], &values[column], &nulls[column]);
-	column++;
-	values[column++] = Int32GetDatum((int32) slot->number[SLOT_SLOT]);
-	nulls[column] = slot->number[SLOT_PID] <= 0;
-	values[column++] = Int32GetDatum((int32) slot->number[SLOT_PID]);
-	put_name(states, lengthof(states), slot->number[SLOT_STATE], &values[column], &nulls[column]);
-	column++;
-	nulls[column] = slot->number[SLOT_STARTED] <= 0;
-	values[column++] = TimestampTzGetDatum(slot->number[SLOT_STARTED] - UNIX_EPOCH_USECS);
-	put_heartbeat_age(slot, &values[column], &nulls[column]);
-	column++;
-	for (int number = SLOT_GENERATION; number < SLOT_NUMBERS; number++)
-	{
-		put_number(slot->number[number], &values[column], &nulls[column]);
-		column++;
-		if (number == SLOT_RESTARTS)
-		{
-			put_text(slot->last_exit, sizeof(slot->last_exit), &values[column], &nulls[column]);
-			column++;
-		}
-	}
-	put_text(slot->message, sizeof(slot->message), &values[column], &nulls[column]);
-	Assert(column == STATUS_COLUMNS - 1);
-	tuplestore_putvalues(set->setResult, set->setDesc, values, nulls);
+	age.time = Max(0, monotonic_ns() - number[SLOT_HEARTBEAT]) / 1000;
+	if (*trouble)
+		message = psprintf("%s%s%s", message, *message ? "; " : "", trouble);
+
+	set_text(values, nulls, COLUMN_KIND, name_of(kinds, lengthof(kinds), number[SLOT_KIND]));
+	values[COLUMN_SLOT] = Int32GetDatum(index);
+	values[COLUMN_PID] = Int32GetDatum((int32) number[SLOT_PID]);
+	nulls[COLUMN_PID] = number[SLOT_PID] <= 0;
+	set_text(values, nulls, COLUMN_STATE, name_of(states, lengthof(states), number[SLOT_STATE]));
+	values[COLUMN_STARTED] = TimestampTzGetDatum(number[SLOT_STARTED] - unix_epoch);
+	nulls[COLUMN_STARTED] = number[SLOT_STARTED] <= 0;
+	values[COLUMN_HEARTBEAT_AGE] = IntervalPGetDatum(&age);
+	nulls[COLUMN_HEARTBEAT_AGE] = number[SLOT_HEARTBEAT] <= 0;
+	set_number(values, nulls, COLUMN_GENERATION, number[SLOT_GENERATION], SLOT_NULL);
+	set_number(values, nulls, COLUMN_RESTARTS, number[SLOT_RESTARTS], SLOT_NULL);
+	set_text(values, nulls, COLUMN_LAST_EXIT, clean_text(slot->last_exit, sizeof(slot->last_exit)));
+	for (int i = SLOT_CONNECTIONS; i < SLOT_NUMBERS; i++)
+		set_number(values, nulls, COLUMN_COUNTERS + i - SLOT_CONNECTIONS, number[i], SLOT_NULL);
+	set_text(values, nulls, COLUMN_MESSAGE, message);
+	tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
 }
 
-/* The supervisor's row: its message tells the launcher's problems too. */
-static void
-put_supervisor(const FerretSlot *shared, const char *problem, int launcher_pid, ReturnSetInfo *set)
-{
-	FerretSlot	slot = *shared;
-	char		message[sizeof(slot.message)];
-
-	slot.number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
-	if (launcher_pid == 0)
-	{
-		slot.number[SLOT_PID] = slot.number[SLOT_STARTED] = slot.number[SLOT_HEARTBEAT] = 0;
-		slot.number[SLOT_STATE] = FERRET_STATE_FAILED;
-		strlcpy(slot.message, "launcher not running, see max_worker_processes and PostgreSQL's log", sizeof(slot.message));
-	}
-	if (problem[0] != '\0')
-	{
-		/* The problem first: it is what the reader must not miss. */
-		snprintf(message, sizeof(message), "%s%s%.*s", problem, slot.message[0] ? "; " : "",
-				 (int) strnlen(slot.message, sizeof(slot.message)), slot.message);
-		message[pg_mbcliplen(message, strlen(message), sizeof(message) - 1)] = '\0';
-		memcpy(slot.message, message, sizeof(message));
-	}
-	put_slot(&slot, set);
-}
-
-/* ferretdb.status(): a consistent copy of the table, as rows. */
+/* ferretdb.status(): one row for the supervisor and one for each worker. */
 Datum
 ferretdb_status(PG_FUNCTION_ARGS)
 {
-	ReturnSetInfo *set = (ReturnSetInfo *) fcinfo->resultinfo;
-	Size		size = ferret_shared_size();
-	FerretShared *copy = palloc(size);
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	int			count = ferret_max_workers + 1;
+	FerretSlot *slots = palloc_array(FerretSlot, count);
+	char		trouble[TROUBLES][sizeof(ferret_shared->trouble[0])];
+	StringInfoData text;
+	bool		launcher;
 
 	InitMaterializedSRF(fcinfo, 0);
+
 	LWLockAcquire(ferret_shared->lock, LW_SHARED);
-	memcpy(copy, ferret_shared, size);
+	memcpy(slots, ferret_shared->slots, count * sizeof(FerretSlot));
+	memcpy(trouble, ferret_shared->trouble, sizeof(trouble));
+	launcher = ferret_shared->launcher != 0;
 	LWLockRelease(ferret_shared->lock);
 
-	put_supervisor(&copy->slots[0], copy->problem, copy->launcher_pid, set);
-	for (int index = 1; index <= ferret_max_workers; index++)
-		if (copy->slots[index].number[SLOT_KIND] != FERRET_KIND_FREE)
-			put_slot(&copy->slots[index], set);
-	pfree(copy);
-	PG_RETURN_NULL();
+	initStringInfo(&text);
+	if (!launcher)
+	{
+		memset(&slots[0], 0, sizeof(FerretSlot));
+		for (int i = SLOT_HEARTBEAT; i < SLOT_NUMBERS; i++)
+			slots[0].number[i] = SLOT_NULL;
+		slots[0].number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
+		slots[0].number[SLOT_STATE] = FERRET_STATE_FAILED;
+		appendStringInfoString(&text, "launcher not running, see max_worker_processes and the server log");
+	}
+	for (int i = 0; i < TROUBLES; i++)
+		if (trouble[i][0])
+			appendStringInfo(&text, "%s%s", text.len ? "; " : "", clean_text(trouble[i], sizeof(trouble[i])));
+
+	put_row(result, &slots[0], 0, text.data);
+	for (int i = 1; i < count; i++)
+		if (slots[i].number[SLOT_KIND] != FERRET_KIND_FREE)
+			put_row(result, &slots[i], i, "");
+	return (Datum) 0;
 }
