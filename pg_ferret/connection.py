@@ -48,9 +48,7 @@ class Connection(asyncio.Protocol):
         "_writable",
     )
 
-    def __init__(
-        self, client: Client, loop: asyncio.AbstractEventLoop, closed: Callable[[Connection], None]
-    ) -> None:
+    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, closed: Callable[[Connection], None]) -> None:
         self._client = client
         self._loop = loop
         self._closed = closed

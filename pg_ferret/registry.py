@@ -24,8 +24,8 @@ COMMANDS: dict[bytes, Command] = {}
 
 # MongoDB's other commands: clients get NotImplemented for these, CommandNotFound for anything else.
 MISSING: frozenset[bytes] = frozenset(
-    b"""abortTransaction appendOplogNote authenticate autoCompact balancerCollectionStatus balancerStart balancerStatus
-    balancerStop bulkWrite cloneCollectionAsCapped commitTransaction compact connPoolStats convertToCapped
+    b"""abortTransaction appendOplogNote authenticate autoCompact balancerCollectionStatus balancerStart
+    balancerStatus balancerStop bulkWrite cloneCollectionAsCapped commitTransaction compact connPoolStats convertToCapped
     coordinateCommitTransaction createRole createSearchIndexes createUser currentOp dbHash dropAllRolesFromDatabase
     dropAllUsersFromDatabase dropConnections dropRole dropSearchIndex dropUser explain features filemd5 fsync fsyncUnlock
     getAuditConfig getClusterParameter getDefaultRWConcern getDiagnosticData getnonce getShardMap

@@ -20,9 +20,7 @@ async def _first_page(call: calls.Call, namespace: bytes, request: Request, clie
     """The first page; what is left is kept as a cursor that any worker can continue."""
     services = client.services
     cursor_id = new_id()
-    page, continuation = await services.engine.call(
-        call, (database(request), spec(request), str(cursor_id).encode())
-    )
+    page, continuation = await services.engine.call(call, (database(request), spec(request), str(cursor_id).encode()))
     assert page is not None
     if continuation is not None:
         lifetime = services.config.settings.cursor_timeout / 1000
@@ -93,9 +91,7 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
 @command("findAndModify", "findandmodify", help="Updates or deletes one document and returns it.")
 async def find_and_modify(request: Request, client: Client) -> bytes:
     try:
-        reply, _ = await client.services.engine.call(
-            calls.FIND_AND_MODIFY, (database(request), spec(request))
-        )
+        reply, _ = await client.services.engine.call(calls.FIND_AND_MODIFY, (database(request), spec(request)))
     except EngineError as error:
         raise await write_errors.explained(error, request, client) from None
     assert reply is not None

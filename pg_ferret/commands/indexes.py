@@ -25,9 +25,7 @@ _ENGINE_DETAIL = {"enableOrderedIndex": True}
 async def create_indexes(request: Request, client: Client) -> bytes:
     db = database(request)
     collection(request)
-    reply, _, requests = await client.services.engine.call(
-        calls.CREATE_INDEXES, (db, spec(request)), timeout(request)
-    )
+    reply, _, requests = await client.services.engine.call(calls.CREATE_INDEXES, (db, spec(request)), timeout(request))
     result = _unwrap(reply, request)
     if requests is not None and len(requests) > _EMPTY_DOCUMENT_BYTES:
         await _build(requests, request, client)

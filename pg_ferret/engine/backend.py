@@ -34,12 +34,12 @@ class Backend:
 
     __slots__ = (
         "_conn",
+        "_error",
         "_expected",
         "_loop",
         "_pg",
         "_prepared",
         "_row",
-        "_error",
         "_socket",
         "_waiter",
         "_writing",

@@ -59,7 +59,9 @@ INSERT = _call("insert", _WRITE.format("insert"), _DB_BSON_BSON)
 UPDATE = _call("update", _WRITE.format("update"), _DB_BSON_BSON)
 DELETE = _call("delete", _WRITE.format("delete"), _DB_BSON_BSON)
 FIND_AND_MODIFY = _call(
-    "find_and_modify", "SELECT p_result, p_success FROM documentdb_api.find_and_modify($1, ferretdb.checked_bson($2), NULL)", _DB_BSON
+    "find_and_modify",
+    "SELECT p_result, p_success FROM documentdb_api.find_and_modify($1, ferretdb.checked_bson($2), NULL)",
+    _DB_BSON,
 )
 
 # (db, spec) -> reply
@@ -109,6 +111,4 @@ CURSOR_DIRECTORY_CLEANUP = _call(
     "cursor_directory_cleanup", "SELECT documentdb_api_internal.cursor_directory_cleanup($1)", (TEXT,)
 )
 # (milliseconds): bounds the call that follows it in the same batch
-STATEMENT_TIMEOUT = _call(
-    "statement_timeout", "SELECT pg_catalog.set_config('statement_timeout', $1, true)", (TEXT,)
-)
+STATEMENT_TIMEOUT = _call("statement_timeout", "SELECT pg_catalog.set_config('statement_timeout', $1, true)", (TEXT,))

@@ -19,7 +19,7 @@ import structlog
 
 from pg_ferret.engine.backend import Backend, Params, Row
 from pg_ferret.engine.calls import Call
-from pg_ferret.errors import CommandError, EngineLostError
+from pg_ferret.errors import CommandError
 
 _IDLE_SECONDS = 600.0
 _log = structlog.get_logger()
