@@ -25,18 +25,18 @@ COMMANDS: dict[bytes, Command] = {}
 # MongoDB's other commands: clients get NotImplemented for these, CommandNotFound for anything else.
 MISSING: frozenset[bytes] = frozenset(
     b"""abortTransaction appendOplogNote authenticate autoCompact balancerCollectionStatus balancerStart
-    balancerStatus balancerStop bulkWrite cloneCollectionAsCapped commitTransaction compact connPoolStats convertToCapped
-    coordinateCommitTransaction createRole createSearchIndexes createUser currentOp dbHash dropAllRolesFromDatabase
-    dropAllUsersFromDatabase dropConnections dropRole dropSearchIndex dropUser explain features filemd5 fsync fsyncUnlock
-    getAuditConfig getClusterParameter getDefaultRWConcern getDiagnosticData getnonce getShardMap
-    grantPrivilegesToRole grantRolesToRole grantRolesToUser invalidateUserCache isdbgrid killAllSessions
-    killAllSessionsByPattern killOp killSessions listSearchIndexes listSessions listShards lockInfo logRotate
-    mapReduce moveChunk planCacheClear planCacheClearFilters planCacheListFilters planCacheSetFilter prepareTransaction
-    profile reIndex replSetGetConfig replSetGetStatus replSetInitiate reshardCollection revokePrivilegesFromRole
-    revokeRolesFromRole revokeRolesFromUser rolesInfo rotateCertificates saslContinue saslStart serverStatusSections
-    setAuditConfig setClusterParameter setDefaultRWConcern setFeatureCompatibilityVersion setIndexCommitQuorum
-    setParameter shardCollection shutdown split top unshardCollection updateRole updateSearchIndex updateUser
-    usersInfo""".split()
+    balancerStatus balancerStop bulkWrite cloneCollectionAsCapped commitTransaction compact connPoolStats
+    convertToCapped coordinateCommitTransaction createRole createSearchIndexes createUser currentOp dbHash
+    dropAllRolesFromDatabase dropAllUsersFromDatabase dropConnections dropRole dropSearchIndex dropUser explain
+    features filemd5 fsync fsyncUnlock getAuditConfig getClusterParameter getDefaultRWConcern getDiagnosticData
+    getnonce getShardMap grantPrivilegesToRole grantRolesToRole grantRolesToUser invalidateUserCache isdbgrid
+    killAllSessions killAllSessionsByPattern killOp killSessions listSearchIndexes listSessions listShards
+    lockInfo logRotate mapReduce moveChunk planCacheClear planCacheClearFilters planCacheListFilters
+    planCacheSetFilter prepareTransaction profile reIndex replSetGetConfig replSetGetStatus replSetInitiate
+    reshardCollection revokePrivilegesFromRole revokeRolesFromRole revokeRolesFromUser rolesInfo
+    rotateCertificates saslContinue saslStart serverStatusSections setAuditConfig setClusterParameter
+    setDefaultRWConcern setFeatureCompatibilityVersion setIndexCommitQuorum setParameter shardCollection
+    shutdown split top unshardCollection updateRole updateSearchIndex updateUser usersInfo""".split()
 )
 
 
