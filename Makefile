@@ -49,14 +49,14 @@ integration: build ## tests against a real server; ARGS= goes to pytest
 	@$(TESTS) tests/integration $(ARGS)
 
 lint: ## ruff, mypy, and that generated files are up to date
-	@dev/enter ruff check --quiet --no-cache .
-	@dev/enter ruff format --quiet --no-cache --check .
-	@dev/enter mypy --cache-dir=/tmp/pg_ferret-mypy $(PYTHON_CODE)
+	@dev/enter ruff check --quiet .
+	@dev/enter ruff format --quiet --check .
+	@dev/enter mypy $(PYTHON_CODE)
 	@dev/enter python3 -m config --check
 
 fmt: ## format the Python code
-	@dev/enter --write --as owner ruff check --quiet --no-cache --fix-only .
-	@dev/enter --write --as owner ruff format --no-cache .
+	@dev/enter --write --as owner ruff check --quiet --fix-only .
+	@dev/enter --write --as owner ruff format .
 
 generate: ## write the files that follow from config/settings.py
 	@dev/enter --write --as owner python3 -m config

@@ -199,7 +199,7 @@ class Cluster:
         return other
 
     def start(self, *, wait: bool = True) -> None:
-        """Start PostgreSQL; with ``wait`` and pg_ferret, return when the gateway answers hello.
+        """Start PostgreSQL; with ``wait`` and pg_ferret, return when the gateway answers hello and can write.
 
         Raises ClusterError with the end of the log when it does not come up.
         """
@@ -210,6 +210,7 @@ class Cluster:
             self._control("start", "-w", "-t", str(_START_SECONDS), "-l", str(self.log_file))
             if wait and self.preload:
                 wait_for(lambda: answers_hello(self.port), _START_SECONDS, f"hello from port {self.port}")
+                wait_for(self._has_extensions, _START_SECONDS, "both extensions in the database")
         except (ClusterError, TimeoutError) as error:
             raise ClusterError(f"{error}\n{_tail(self.log[before:])}") from None
 
@@ -265,6 +266,10 @@ class Cluster:
         if self.directory.exists():
             shutil.rmtree(self.socket_dir, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _has_extensions(self) -> bool:
+        """Whether the launcher has finished the database; on the first start that takes half a second longer."""
+        return bool(self.psql("select extname from pg_extension where extname in ('documentdb', 'pg_ferret')")[1:])
 
     def _address(self) -> list[str | Path]:
         return ["-h", self.socket_dir, "-p", str(self.pg_port), "-U", SERVER_USER]

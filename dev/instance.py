@@ -181,7 +181,7 @@ def main() -> int:
             case "stop":
                 return stop(instance)
             case _:
-                return psql(instance, options.arguments)
+                return psql(instance, options.arguments[1:])  # after the "--"
     except (ClusterError, TimeoutError) as error:
         _say(str(error))
         return 1
