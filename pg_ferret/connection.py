@@ -44,6 +44,7 @@ class Connection(asyncio.Protocol):
         "_need",
         "_paused",
         "_task",
+        "_touched",
         "_transport",
         "_writable",
     )
@@ -56,6 +57,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._busy = False
         self._draining = False
+        self._touched = True
         self._paused = False
         self._writable: asyncio.Future[None] | None = None  # there while the client does not read its replies
         self._ahead: deque[bytes] | None = None
@@ -101,6 +103,7 @@ class Connection(asyncio.Protocol):
         self._chunks = [rest] if rest else None
 
     def _receive(self, frame: bytes) -> None:
+        self._touched = True
         if not self._busy:
             self._busy = True
             task = _start(self._loop, self._serve(frame))
@@ -182,6 +185,13 @@ class Connection(asyncio.Protocol):
             # Nobody waits for the answer any more: the pool cancels the query.
             self._task.cancel()
         self._closed(self)
+
+    def close_if_quiet(self) -> None:
+        """Close if nothing has come since this was last asked and nothing is to be answered."""
+        if self._touched or self._busy:
+            self._touched = False
+        elif self._transport is not None:
+            self._transport.close()
 
     def drain(self) -> None:
         """Finish the request at hand, then close."""

@@ -13,14 +13,14 @@ import signal
 import socket
 from dataclasses import dataclass
 
-import psycopg.conninfo
 import structlog
 import uvloop
 
 from config.settings import Config
 from pg_ferret import log
 from pg_ferret.connection import Connection
-from pg_ferret.engine.pool import Limits, Pool
+from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.pool import Pool
 from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Balance, Listener
 from pg_ferret.state import directory
@@ -31,11 +31,12 @@ from pg_ferret.status import State, StatusTable
 _log = structlog.get_logger()
 _BEAT_SECONDS = 0.25
 _TEND_SECONDS = 30.0
+# A client that has asked nothing for so long looks at its connection before it asks again.
+_QUIET_SECONDS = 1.0
+_LAST_REQUEST_SECONDS = 1.0
 _CONTROL_BYTES = 1 << 18
 _MAX_LISTENERS = 250
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-# Connections of PostgreSQL that the pool leaves to others, beside the reserved ones.
-_LEFT_TO_OTHERS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +58,6 @@ def serve(boot: Boot) -> int:
     return 0
 
 
-def pool_limits(config: Config) -> Limits:
-    """One worker's share of the connections to PostgreSQL."""
-    settings, server = config.settings, config.server
-    workers = max(1, settings.worker_count())
-    reserved = server.superuser_reserved_connections + server.reserved_connections + _LEFT_TO_OTHERS
-    largest = max(1, min(settings.pool_max_conns, server.max_connections - reserved) // workers)
-    smallest = min(largest, -(-settings.pool_min_conns // workers))
-    wait = settings.query_wait_timeout / 1000 if settings.query_wait_timeout else None
-    return Limits(smallest, largest, wait)
-
-
-def conninfo(config: Config) -> str:
-    """How a worker reaches the engine: the server's own Unix socket, as the server's own user."""
-    server = config.server
-    host = server.socket_directory()
-    options = {
-        # What users need and DocumentDB leaves off.
-        "documentdb.useFileBasedPersistedCursors": "on",
-        "documentdb_core.enableCollation": "on",
-        # createIndexes makes the backend connect to itself; TCP would need a password.
-        "documentdb.localhost_connection_string": f"host={host}",
-        # A NOTICE for every collection made implicitly helps nobody.
-        "client_min_messages": "warning",
-        # A client's mistake is answered to the client; what is the engine's fault the gateway logs itself, without
-        # the error's CONTEXT, which can hold anything.  LOG lines (slow statements, auto_explain) still come.
-        "log_min_messages": "log",
-        # What a DBA set for people at a prompt is not meant for a pool.
-        "statement_timeout": "0",
-        "idle_session_timeout": "0",
-    }
-    # Backslash and blank are the two characters that libpq's options must escape.
-    escaped = {name: value.replace("\\", "\\\\").replace(" ", "\\ ") for name, value in options.items()}
-    return psycopg.conninfo.make_conninfo(
-        host=host,
-        port=server.port,
-        dbname=server.database,
-        user=server.user,
-        application_name="pg_ferret",
-        options=" ".join(f"-c {name}={value}" for name, value in escaped.items()),
-        client_encoding="UTF8",
-        connect_timeout=10,
-    )
-
-
 class Worker:
     """The process's one object: starts, beats, changes its configuration, drains."""
 
@@ -112,15 +69,16 @@ class Worker:
         self._listeners: dict[str, Listener] = {}
         self._accepted = 0
         self._stop = asyncio.Event()
+        self._fast = asyncio.Event()
         self._gone = asyncio.Event()
 
     async def run(self) -> None:
         """From birth to the end of the drain."""
         boot = self._boot
         self._loop = loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._hurry)
         place = directory.path(boot.config)
         pool = Pool(conninfo(boot.config), pool_limits(boot.config))
         self._services = Services(boot.config, pool, Cursors(place), boot.status, boot.slot)
@@ -190,18 +148,39 @@ class Worker:
         self._slot.set(connections=self._slot.get("connections") + change)
 
     async def _drain(self) -> None:
-        """Accept nobody, let requests finish, then close everything."""
+        """Accept nobody, let clients leave, then close everything.
+
+        A connection that is closed under a client's hands costs it a failed request.  So those that have been quiet
+        for a while go first (drivers look at such a connection before they use it again), and the others when they
+        have become quiet or the time is up.
+        """
         self._slot.set(state=State.DRAINING)
         self._listen({})
-        seconds = self._services.config.settings.graceful_timeout / 1000
+        deadline = self._loop.time() + self._services.config.settings.graceful_timeout / 1000
+        while self._clients and not self._fast.is_set() and self._loop.time() < deadline:
+            for connection in tuple(self._clients):
+                connection.close_if_quiet()
+            await self._pause(min(_QUIET_SECONDS, deadline - self._loop.time()), self._gone, self._fast)
         for connection in tuple(self._clients):
             connection.drain()
-        if self._clients:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._gone.wait(), seconds)
+        await self._pause(_LAST_REQUEST_SECONDS, self._gone)
         for connection in tuple(self._clients):
             connection.abort()
         self._slot.set(state=State.STOPPING)
+
+    async def _pause(self, seconds: float, *events: asyncio.Event) -> None:
+        """Until one of the events or the time."""
+        if not self._clients:
+            return
+        waits = [self._loop.create_task(event.wait()) for event in events]
+        await asyncio.wait(waits, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    def _hurry(self) -> None:
+        """PostgreSQL is stopping: only the requests at hand count."""
+        self._fast.set()
+        self._stop.set()
 
     # The supervisor.
 

@@ -62,6 +62,11 @@ class Crew:
         self._controls: dict[int, socket.socket] = {}
         self._untold: set[int] = set()
         self._reported = ""
+        self._farewell = signal.SIGTERM  # drain: clients are left time to go
+
+    def hurry(self) -> None:
+        """From now on workers are told to finish their requests and go, not to wait for quiet clients."""
+        self._farewell = signal.SIGINT
 
     @property
     def alive(self) -> int:
@@ -188,7 +193,7 @@ class Crew:
         assert seat.process is not None
         seat.process.draining = now
         self._table[seat.slot].set(state=State.DRAINING)
-        self._signal(seat.process, signal.SIGTERM)
+        self._signal(seat.process, self._farewell)
 
     def _release(self, seat: Seat) -> None:
         seat.retry = None

@@ -204,6 +204,7 @@ class Supervisor:
         if self._exit is None:
             self._exit = status, self._system.clock() + STOP_LIMIT
             self.listeners.close()
+            self.crew.hurry()
             with contextlib.suppress(KeyError):
                 self._poll.unregister(self._channel.socket)  # no longer read: its end would wake us for ever
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import psycopg
 from psycopg import pq
+from psycopg.rows import TupleRow
 
 from pg_ferret.engine.calls import STATEMENT_TIMEOUT, Call
 from pg_ferret.errors import EngineError, EngineLostError
@@ -27,6 +29,14 @@ _BAD = pq.ConnStatus.BAD
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
 _CANCEL_SECONDS = 5.0
+
+
+class Session(psycopg.AsyncConnection[TupleRow]):
+    """A connection that knows what is prepared in it: it may be leased again and again."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.prepared_names: set[bytes] = set()
 
 
 class Backend:
@@ -47,11 +57,11 @@ class Backend:
         "lost",
     )
 
-    def __init__(self, conn: psycopg.AsyncConnection[tuple[object, ...]], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
         self._conn = conn
         self._pg = pg = conn.pgconn
         self._loop = loop
-        self._prepared: set[bytes] = set()
+        self._prepared = conn.prepared_names
         self._expected: list[bytes | None] = []  # per result to come: the statement it prepares, or None
         self._row: Row | None = None
         self._error: Exception | None = None
@@ -64,7 +74,7 @@ class Backend:
         loop.add_reader(self._socket, self._readable)
 
     @property
-    def connection(self) -> psycopg.AsyncConnection[tuple[object, ...]]:
+    def connection(self) -> Session:
         """The pool's connection under this lease."""
         return self._conn
 

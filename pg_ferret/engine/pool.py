@@ -11,27 +11,18 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Coroutine
-from dataclasses import dataclass
 
 import psycopg
 import psycopg_pool
 import structlog
 
-from pg_ferret.engine.backend import Backend, Params, Row
+from pg_ferret.engine.backend import Backend, Params, Row, Session
 from pg_ferret.engine.calls import Call
+from pg_ferret.engine.limits import Limits
 from pg_ferret.errors import CommandError
 
 _IDLE_SECONDS = 600.0
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """One worker's share."""
-
-    smallest: int  # connections kept open
-    largest: int  # connections never exceeded
-    wait_seconds: float | None  # how long a request may wait for one; None: for ever
 
 
 class Pool:
@@ -48,6 +39,7 @@ class Pool:
         self._closed = False
         self._source = psycopg_pool.AsyncConnectionPool(
             conninfo,
+            connection_class=Session,
             min_size=limits.smallest,
             max_size=max(limits.largest, limits.smallest, 1),
             kwargs={"autocommit": True},

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from samples import SERVER, SETTINGS, config
 
 from config import generate
 from config.settings import Config, Settings, parse_address
+from tests.unit.samples import SERVER, SETTINGS, config
 
 HIDDEN_FROM_PLAIN_USERS = {"python", "state_dir"}
 NEEDS_RESTART = {"database", "max_workers"}

@@ -190,7 +190,7 @@ def test_role_is_forwarded(world: World) -> None:
 def test_quit_ends_workers_and_loop(world: World, order: bytes) -> None:
     world.launcher.send(order)
     assert world.turn() is None
-    assert world.fake.sent == [(101, signal.SIGTERM), (102, signal.SIGTERM)]
+    assert world.fake.sent == [(101, signal.SIGINT), (102, signal.SIGINT)]
     assert world.slot(0).get("state") == State.STOPPING
     world.fake.end(101, LEFT)
     assert world.turn(0.1) is None

@@ -1,0 +1,65 @@
+"""How a worker reaches PostgreSQL, and how many connections it may have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psycopg.conninfo import make_conninfo
+
+from config.settings import Config
+
+# Connections that the pool leaves to others, beside those that PostgreSQL reserves.
+_LEFT_TO_OTHERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """One worker's share."""
+
+    smallest: int  # connections kept open
+    largest: int  # connections never exceeded
+    wait_seconds: float | None  # how long a request may wait for one; None: for ever
+
+
+def pool_limits(config: Config) -> Limits:
+    """One worker's share of the connections to PostgreSQL."""
+    settings, server = config.settings, config.server
+    workers = max(1, settings.worker_count())
+    reserved = server.superuser_reserved_connections + server.reserved_connections + _LEFT_TO_OTHERS
+    largest = max(1, min(settings.pool_max_conns, server.max_connections - reserved) // workers)
+    smallest = min(largest, -(-settings.pool_min_conns // workers))
+    wait = settings.query_wait_timeout / 1000 if settings.query_wait_timeout else None
+    return Limits(smallest, largest, wait)
+
+
+def conninfo(config: Config) -> str:
+    """How a worker reaches the engine: the server's own Unix socket, as the server's own user."""
+    server = config.server
+    host = server.socket_directory()
+    options = {
+        # What users need and DocumentDB leaves off.
+        "documentdb.useFileBasedPersistedCursors": "on",
+        "documentdb_core.enableCollation": "on",
+        # createIndexes makes the backend connect to itself; TCP would need a password.
+        "documentdb.localhost_connection_string": f"host={host}",
+        # A NOTICE for every collection made implicitly helps nobody.
+        "client_min_messages": "warning",
+        # A client's mistake is answered to the client; what is the engine's fault the gateway logs itself, without
+        # the error's CONTEXT, which can hold anything.  LOG lines (slow statements, auto_explain) still come.
+        "log_min_messages": "log",
+        # What a DBA set for people at a prompt is not meant for a pool.
+        "statement_timeout": "0",
+        "idle_session_timeout": "0",
+    }
+    # Backslash and blank are the two characters that libpq's options must escape.
+    escaped = {name: value.replace("\\", "\\\\").replace(" ", "\\ ") for name, value in options.items()}
+    return make_conninfo(
+        host=host,
+        port=server.port,
+        dbname=server.database,
+        user=server.user,
+        application_name="pg_ferret",
+        options=" ".join(f"-c {name}={value}" for name, value in escaped.items()),
+        client_encoding="UTF8",
+        connect_timeout=10,
+    )
