@@ -7,18 +7,13 @@
  */
 #include "postgres.h"
 
-#include <fcntl.h>
 #include <signal.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "access/xact.h"
 #include "access/xlog.h"
-#include "executor/spi.h"
 #include "miscadmin.h"
-#include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
 #include "storage/ipc.h"
@@ -27,13 +22,10 @@
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/snapmgr.h"
-#include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
 #include "pg_ferret.h"
 
-#define CHANNEL_FD 3			/* the channel, in the supervisor */
 #define STOP_GRACE_MS 300		/* from SIGTERM to SIGKILL when we end */
 #define LONGEST_DELAY_MS 30000
 #define STEADY_MS 10000			/* a supervisor that lived so long did not fail early */
@@ -124,109 +116,12 @@ delay_ms(int failures, int first)
 	return failures < 1 ? 0 : Min((int64) first << Min(failures - 1, 16), LONGEST_DELAY_MS);
 }
 
-/*
- * Log what is wrong, once, and show it in slot 0 until it is something else;
- * no text means that all is well again.
- */
-static void
-set_trouble(int subject, const char *text, const char *hint)
-{
-	char	   *shown = ferret_shared->trouble[subject];	/* nobody else writes it */
-	char		line[sizeof(ferret_shared->trouble[0])] = "";
-
-	if (text)
-		snprintf(line, sizeof(line), "%s%s%s%s", text, hint ? " (" : "", hint ? hint : "", hint ? ")" : "");
-	if (strcmp(shown, line) == 0)
-		return;
-	if (text)
-		ereport(LOG, errmsg("pg_ferret: %s", text), hint ? errhint("%s", hint) : 0);
-	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	strcpy(shown, line);
-	LWLockRelease(ferret_shared->lock);
-}
-
-/* Fill slot 0 on behalf of a supervisor that cannot do so itself, or not yet; NULL keeps the message. */
-static void
-own_row(int state, const char *message)
-{
-	FerretSlot *slot = &ferret_shared->slots[0];
-
-	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	for (int i = 0; i < SLOT_NUMBERS; i++)
-		slot->number[i] = SLOT_NULL;
-	slot->number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
-	slot->number[SLOT_STATE] = state;
-	slot->number[SLOT_PID] = supervisor;
-	if (supervisor)
-	{
-		slot->number[SLOT_STARTED] = GetCurrentTimestamp() +
-			(POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY;
-		slot->number[SLOT_HEARTBEAT] = monotonic_ns();
-	}
-	slot->number[SLOT_GENERATION] = ferret_shared->generation;
-	slot->number[SLOT_RESTARTS] = ferret_shared->restarts;
-	strlcpy(slot->last_exit, ferret_shared->last_exit, sizeof(slot->last_exit));
-	if (message)
-		strlcpy(slot->message, message, sizeof(slot->message));
-	LWLockRelease(ferret_shared->lock);
-}
-
 /* SIGCHLD: the supervisor's state may have changed. */
 static void
 handle_sigchld(SIGNAL_ARGS)
 {
 	child_changed = true;
 	SetLatch(MyLatch);
-}
-
-/*
- * Run SQL in a transaction of its own; false and a log line if that fails, which
- * never ends the launcher.  The first column of the first row goes to *value.
- */
-static bool
-run_sql(const char *sql, char **value, ErrorData **error)
-{
-	MemoryContext caller = CurrentMemoryContext;
-	volatile bool done = false;
-
-	/* lock_timeout acts by SIGINT; outside SQL, pg_cancel_backend() must not end us. */
-	pqsignal(SIGINT, StatementCancelHandler);
-	PG_TRY();
-	{
-		SetCurrentStatementStartTimestamp();
-		StartTransactionCommand();
-		SPI_connect();
-		PushActiveSnapshot(GetTransactionSnapshot());
-		pgstat_report_activity(STATE_RUNNING, sql);
-		if (SPI_execute(sql, false, 0) < 0)
-			elog(ERROR, "SPI_execute failed");
-		if (value)
-		{
-			char	   *text = SPI_processed ? SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1) : NULL;
-
-			*value = text ? MemoryContextStrdup(caller, text) : NULL;
-		}
-		SPI_finish();
-		PopActiveSnapshot();
-		CommitTransactionCommand();
-		done = true;
-	}
-	PG_CATCH();
-	{
-		HOLD_INTERRUPTS();
-		MemoryContextSwitchTo(caller);
-		*error = CopyErrorData();
-		FlushErrorState();
-		AbortCurrentTransaction();
-		RESUME_INTERRUPTS();
-	}
-	PG_END_TRY();
-	pqsignal(SIGINT, SIG_IGN);
-	QueryCancelPending = false;
-	MemoryContextSwitchTo(caller);
-	pgstat_report_stat(true);
-	pgstat_report_activity(STATE_IDLE, NULL);
-	return done;
 }
 
 /* Read settings and server facts again. */
@@ -239,7 +134,7 @@ refresh(void)
 
 	if (!run_sql(SETTINGS_SQL, &fresh, &error) || !run_sql(SETTING_ERRORS_SQL, &errors, &error))
 	{
-		set_trouble(TROUBLE_DATABASE, psprintf("cannot read the settings: %s", error->message), error->hint);
+		set_trouble(TROUBLE_SETTINGS, psprintf("cannot read the settings: %s", error->message), error->hint);
 		refresh_at = now_ms() + REFRESH_RETRY_MS;
 		return;
 	}
@@ -296,95 +191,29 @@ prepare(void)
 		set_trouble(TROUBLE_DATABASE, "waiting for the primary to create the extensions documentdb and pg_ferret", NULL);
 }
 
-/*
- * The forked child, up to exec: async-signal-safe calls only, and short, for it
- * is still attached to shared memory.
- */
-static pg_noreturn void
-exec_supervisor(int socket, pid_t parent, char **argv, char **envp)
-{
-	sigset_t	none;
-	int			fd;
-	char		failure[1 + sizeof(int32)] = "x";
-	int32		reason;
-
-	setsid();					/* PostgreSQL signals whole process groups */
-	for (int i = 1; i < NSIG; i++)
-		signal(i, SIG_DFL);
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	if (getppid() != parent)	/* it died before prctl */
-		_exit(127);
-
-	/* dup2() onto itself would leave the descriptor to be closed by exec. */
-	if (socket == CHANNEL_FD)
-		fcntl(socket, F_SETFD, 0);
-	else
-		dup2(socket, CHANNEL_FD);
-	if ((fd = open("/dev/null", O_RDWR)) >= 0)
-	{
-		dup2(fd, STDIN_FILENO);
-		dup2(fd, STDOUT_FILENO);
-	}
-	close_range(CHANNEL_FD + 1, ~0U, 0);
-	/* If memory runs out, a gateway is a better victim than the database. */
-	if ((fd = open("/proc/self/oom_score_adj", O_WRONLY)) >= 0)
-	{
-		if (write(fd, "500", 3) < 0)
-			reason = 0;			/* an older kernel's refusal changes nothing */
-		close(fd);
-	}
-	if (chdir("/") == 0)
-	{
-		sigemptyset(&none);
-		sigprocmask(SIG_SETMASK, &none, NULL);
-		execve(argv[0], argv, envp);
-	}
-	reason = errno;
-	memcpy(failure + 1, &reason, sizeof(reason));
-	send(CHANNEL_FD, failure, sizeof(failure), MSG_DONTWAIT | MSG_NOSIGNAL);
-	_exit(127);
-}
-
 /* Start a supervisor. */
 static void
 spawn(void)
 {
-	char	   *argv[] = {ferret_python, "-P", "-m", "supervisor", NULL};
-	char	   *envp[] = {"PATH=/usr/local/bin:/usr/bin:/bin", "LC_ALL=C.UTF-8", "PYTHONPATH=" PG_FERRET_PYTHON_DIR, NULL};
-	int			pair[2] = {-1, -1};
-	pid_t		self = getpid();
-	pid_t		child = -1;
-	sigset_t	all,
-				before;
+	pid_t		child = fork_supervisor(&channel);
 
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0)
-	{
-		sigfillset(&all);
-		sigprocmask(SIG_SETMASK, &all, &before);
-		child = fork();
-		if (child == 0)
-			exec_supervisor(pair[1], self, argv, envp);
-		sigprocmask(SIG_SETMASK, &before, NULL);
-	}
 	if (child < 0)
 	{
 		char	   *text = psprintf("cannot start the supervisor: %s", strerror(errno));
 
-		close(pair[0]);
-		close(pair[1]);
 		ereport(LOG, errmsg("pg_ferret: %s", text));
-		own_row(FERRET_STATE_BACKOFF, text);
+		show_supervisor(0, FERRET_STATE_BACKOFF, text);
 		spawn_at = now_ms() + delay_ms(++spawn_failures + 1, 100);
 		return;
 	}
-	close(pair[1]);
-	channel = pair[0];
 	supervisor = child;
 	supervisor_born = now_ms();
 	settings_told = false;
 	role_told = true;			/* the settings say it */
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
 	ferret_shared->generation++;
-	own_row(FERRET_STATE_STARTING, "");
+	LWLockRelease(ferret_shared->lock);
+	show_supervisor(supervisor, FERRET_STATE_STARTING, NULL);
 }
 
 /* Send one message; false if the channel is full. */
@@ -412,33 +241,6 @@ tell_news(void)
 		role_told = tell('R', in_recovery ? "standby" : "primary");
 	if (!settings_told && settings)
 		settings_told = tell('S', settings);
-}
-
-/* A status slot: int32 index, little-endian, and the slot. */
-static void
-take_slot(const unsigned char *body, size_t size)
-{
-	uint32		index;
-	FerretSlot	slot;
-
-	if (size != 4 + sizeof(FerretSlot))
-		return;
-	index = body[0] | body[1] << 8 | body[2] << 16 | (uint32) body[3] << 24;
-	if (index > (uint32) ferret_max_workers)
-		return;
-	memcpy(&slot, body + 4, sizeof(slot));
-	slot.last_exit[sizeof(slot.last_exit) - 1] = '\0';
-	slot.message[sizeof(slot.message) - 1] = '\0';
-	if (index == 0)
-	{
-		/* Of its predecessors a supervisor knows nothing. */
-		slot.number[SLOT_GENERATION] = ferret_shared->generation;
-		slot.number[SLOT_RESTARTS] = ferret_shared->restarts;
-		strlcpy(slot.last_exit, ferret_shared->last_exit, sizeof(slot.last_exit));
-	}
-	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	ferret_shared->slots[index] = slot;
-	LWLockRelease(ferret_shared->lock);
 }
 
 /* A log line: one letter for the level, then UTF-8.  Never ERROR: that would be our own. */
@@ -471,7 +273,7 @@ take_failure(const char *body, size_t size)
 		ereport(LOG,
 				errmsg("pg_ferret: %s", text),
 				errhint("Set ferretdb.python to the path of Python 3.11 or later and reload the configuration."));
-	own_row(FERRET_STATE_FAILED, text);
+	show_supervisor(supervisor, FERRET_STATE_FAILED, text);
 }
 
 /* Take in what the supervisor and its workers have sent; true if there may be more. */
@@ -527,6 +329,7 @@ static void
 bury(void)
 {
 	kill(-supervisor, SIGKILL);
+	kill(supervisor, SIGKILL);	/* it may not be the leader of its group yet */
 	while (waitpid(supervisor, NULL, 0) < 0 && errno == EINTR)
 		;
 	supervisor = 0;
@@ -548,7 +351,8 @@ reap(void)
 	if (supervisor == 0 || !supervisor_ended(&info))
 		return;
 	kill(-supervisor, SIGKILL);
-	receive();					/* its last words */
+	for (int i = 0; i < 10 && receive(); i++)
+		;						/* its last words */
 	bury();
 
 	if (info.si_code == CLD_EXITED)
@@ -566,10 +370,10 @@ reap(void)
 	hopeless = ferret_shared->slots[0].number[SLOT_STATE] == FERRET_STATE_FAILED;
 	LWLockRelease(ferret_shared->lock);
 	if (hopeless)
-		own_row(FERRET_STATE_FAILED, NULL);
+		show_supervisor(supervisor, FERRET_STATE_FAILED, NULL);
 	else
 	{
-		own_row(FERRET_STATE_BACKOFF, psprintf("the supervisor ended with %s", last_exit));
+		show_supervisor(supervisor, FERRET_STATE_BACKOFF, psprintf("the supervisor ended with %s", last_exit));
 		ereport(LOG, errmsg("pg_ferret: supervisor (PID %d) ended with %s, the next one starts in %d ms",
 							(int) pid, last_exit, (int) (spawn_at - now_ms())));
 	}
@@ -622,7 +426,7 @@ connect_database(void)
 	};
 
 	if (failures)
-		set_trouble(TROUBLE_DATABASE, psprintf("cannot connect to database \"%s\", see the line before", ferret_database),
+		set_trouble(TROUBLE_DATABASE, psprintf("cannot connect to database \"%s\", the line before in the server log tells why", ferret_database),
 					"ferretdb.database must name an existing database, the same as cron.database_name.");
 	/* The latch is set at the start, so one wait would not do. */
 	for (int64 left; (left = deadline - now_ms()) > 0 && !ProcDiePending;)
@@ -656,7 +460,7 @@ set_up(void)
 	LWLockRelease(ferret_shared->lock);
 	before_shmem_exit(launcher_exit, (Datum) 0);
 	round_context = AllocSetContextCreate(TopMemoryContext, LAUNCHER_NAME, ALLOCSET_DEFAULT_SIZES);
-	own_row(FERRET_STATE_STARTING, "");
+	show_supervisor(supervisor, FERRET_STATE_STARTING, "");
 }
 
 /* The configuration was reloaded: everything that failed is worth another try at once. */

@@ -13,8 +13,8 @@
 /* What can be wrong on the launcher's side, each shown in slot 0's message. */
 enum
 {
-	TROUBLE_DATABASE,			/* connecting, reading settings, creating the extensions */
-	TROUBLE_SETTINGS,			/* lines of the configuration files that were refused */
+	TROUBLE_DATABASE,			/* connecting, creating the extensions */
+	TROUBLE_SETTINGS,			/* reading them, or lines of the files that were refused */
 	TROUBLES
 };
 
@@ -40,8 +40,17 @@ extern int	ferret_max_workers;
 /* launcher.c */
 extern PGDLLEXPORT void ferret_launcher_main(Datum arg);
 
+/* child.c */
+extern pid_t fork_supervisor(int *channel);
+
+/* sql.c */
+extern bool run_sql(const char *sql, char **value, ErrorData **error);
+
 /* status.c */
 extern int64 monotonic_ns(void);
 extern char *clean_text(const char *data, size_t size);
+extern void set_trouble(int subject, const char *text, const char *hint);
+extern void show_supervisor(pid_t supervisor, int state, const char *message);
+extern void take_slot(const unsigned char *body, size_t size);
 
 #endif

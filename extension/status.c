@@ -1,8 +1,7 @@
 /*
- * status.c: the function behind the view ferretdb.status.
- *
- * It reads shared memory only, so it works on a standby, without a single
- * process of ours, and never waits for one.
+ * status.c: the status table in shared memory.  The launcher writes it; the
+ * function behind the view ferretdb.status reads it, and nothing else, so it
+ * works on a standby and without a single process of ours.
  */
 #include "postgres.h"
 
@@ -15,6 +14,9 @@
 #include "utils/timestamp.h"
 
 #include "pg_ferret.h"
+
+/* Microseconds from the epoch of time stamps in slots to PostgreSQL's. */
+#define UNIX_TO_POSTGRES ((POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY)
 
 PG_FUNCTION_INFO_V1(ferretdb_status);
 
@@ -61,6 +63,79 @@ clean_text(const char *data, size_t size)
 	return text;
 }
 
+/*
+ * Log what is wrong, once, and show it in slot 0 until it is something else;
+ * no text means that all is well again.
+ */
+void
+set_trouble(int subject, const char *text, const char *hint)
+{
+	char	   *shown = ferret_shared->trouble[subject];	/* nobody else writes it */
+	char		line[sizeof(ferret_shared->trouble[0])] = "";
+
+	if (text)
+		snprintf(line, sizeof(line), "%s%s%s%s", text, hint ? " (" : "", hint ? hint : "", hint ? ")" : "");
+	if (strcmp(shown, line) == 0)
+		return;
+	if (text)
+		ereport(LOG, errmsg("pg_ferret: %s", text), hint ? errhint("%s", hint) : 0);
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	strcpy(shown, line);
+	LWLockRelease(ferret_shared->lock);
+}
+
+/* Fill slot 0 on behalf of a supervisor that cannot do so itself, or not yet; NULL keeps the message. */
+void
+show_supervisor(pid_t supervisor, int state, const char *message)
+{
+	FerretSlot *slot = &ferret_shared->slots[0];
+
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < SLOT_NUMBERS; i++)
+		slot->number[i] = SLOT_NULL;
+	slot->number[SLOT_KIND] = FERRET_KIND_SUPERVISOR;
+	slot->number[SLOT_STATE] = state;
+	slot->number[SLOT_PID] = supervisor;
+	if (supervisor)
+	{
+		slot->number[SLOT_STARTED] = GetCurrentTimestamp() + UNIX_TO_POSTGRES;
+		slot->number[SLOT_HEARTBEAT] = monotonic_ns();
+	}
+	slot->number[SLOT_GENERATION] = ferret_shared->generation;
+	slot->number[SLOT_RESTARTS] = ferret_shared->restarts;
+	strlcpy(slot->last_exit, ferret_shared->last_exit, sizeof(slot->last_exit));
+	if (message)
+		strlcpy(slot->message, message, sizeof(slot->message));
+	LWLockRelease(ferret_shared->lock);
+}
+
+/* A status slot: int32 index, little-endian, and the slot. */
+void
+take_slot(const unsigned char *body, size_t size)
+{
+	uint32		index;
+	FerretSlot	slot;
+
+	if (size != 4 + sizeof(FerretSlot))
+		return;
+	index = body[0] | body[1] << 8 | body[2] << 16 | (uint32) body[3] << 24;
+	if (index > (uint32) ferret_max_workers)
+		return;
+	memcpy(&slot, body + 4, sizeof(slot));
+	slot.last_exit[sizeof(slot.last_exit) - 1] = '\0';
+	slot.message[sizeof(slot.message) - 1] = '\0';
+	if (index == 0)
+	{
+		/* Of its predecessors a supervisor knows nothing. */
+		slot.number[SLOT_GENERATION] = ferret_shared->generation;
+		slot.number[SLOT_RESTARTS] = ferret_shared->restarts;
+		strlcpy(slot.last_exit, ferret_shared->last_exit, sizeof(slot.last_exit));
+	}
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	ferret_shared->slots[index] = slot;
+	LWLockRelease(ferret_shared->lock);
+}
+
 /* A column that holds text; empty text is NULL. */
 static void
 set_text(Datum *values, bool *nulls, int column, const char *text)
@@ -91,7 +166,6 @@ put_row(ReturnSetInfo *result, const FerretSlot *slot, int index, const char *tr
 {
 	static const char *const kinds[] = FERRET_KIND_NAMES;
 	static const char *const states[] = FERRET_STATE_NAMES;
-	const int64 unix_epoch = (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY;
 	const int64 *number = slot->number;
 	Datum		values[COLUMNS] = {0};
 	bool		nulls[COLUMNS] = {0};
@@ -107,7 +181,7 @@ put_row(ReturnSetInfo *result, const FerretSlot *slot, int index, const char *tr
 	values[COLUMN_PID] = Int32GetDatum((int32) number[SLOT_PID]);
 	nulls[COLUMN_PID] = number[SLOT_PID] <= 0;
 	set_text(values, nulls, COLUMN_STATE, name_of(states, lengthof(states), number[SLOT_STATE]));
-	values[COLUMN_STARTED] = TimestampTzGetDatum(number[SLOT_STARTED] - unix_epoch);
+	values[COLUMN_STARTED] = TimestampTzGetDatum(number[SLOT_STARTED] - UNIX_TO_POSTGRES);
 	nulls[COLUMN_STARTED] = number[SLOT_STARTED] <= 0;
 	values[COLUMN_HEARTBEAT_AGE] = IntervalPGetDatum(&age);
 	nulls[COLUMN_HEARTBEAT_AGE] = number[SLOT_HEARTBEAT] <= 0;
