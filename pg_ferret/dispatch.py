@@ -15,6 +15,8 @@ from pg_ferret.wire.message import Request, parse, reply, reply_head
 
 _log = structlog.get_logger()
 _TRANSACTION_FIELDS = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
+# Codes that tell of the server's state rather than of the client's request.
+_TROUBLE = frozenset((1, 6, 91, 14031))
 _LEGACY_COMMANDS = frozenset((b"hello", b"isMaster", b"ismaster"))
 
 
@@ -58,8 +60,11 @@ async def _answer(request: Request, client: Client) -> bytes:
         failure = command_error(error)
         if failure.code == 1:
             _log.error("the engine failed", command=_printable(request.name), error=str(error))
-    except Exception:
+        if failure.code in _TROUBLE:
+            client.services.trouble(f"{_printable(request.name)}: {failure.message}")
+    except Exception as error:
         _log.exception("a command failed unexpectedly", command=_printable(request.name))
+        client.services.trouble(f"{_printable(request.name)}: {type(error).__name__}, see PostgreSQL's log")
         failure = CommandError(1, "internal error; see PostgreSQL's log")
     finally:
         counters.in_flight -= 1

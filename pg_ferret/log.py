@@ -57,6 +57,14 @@ class ChannelLogger:
     critical = exception = error
 
 
+class _Forwarder(logging.Handler):
+    """What libraries log by the standard library, psycopg_pool and asyncio above all."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = structlog.get_logger().warning if record.levelno >= logging.WARNING else structlog.get_logger().debug
+        event(f"{record.name}: {record.getMessage()}", exc_info=record.exc_info or None)
+
+
 def configure(channel: socket.socket, level: str, process: str) -> None:
     """Send every event to ``channel`` as ``process[pid]: event key=value``; may be called again to change the level.
 
@@ -79,6 +87,9 @@ def configure(channel: socket.socket, level: str, process: str) -> None:
         logger_factory=lambda *_: logger,
         cache_logger_on_first_use=False,
     )
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Forwarder) for handler in root.handlers):
+        root.addHandler(_Forwarder())
 
 
 def _mongo_line(method: str, context: str, text: str, fields: dict[str, Any]) -> str:

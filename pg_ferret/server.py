@@ -80,7 +80,7 @@ class Worker:
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._hurry)
         place = directory.path(boot.config)
-        pool = Pool(conninfo(boot.config), pool_limits(boot.config))
+        pool = Pool(conninfo(boot.config), pool_limits(boot.config), self._trouble)
         self._services = Services(boot.config, pool, Cursors(place), boot.status, boot.slot)
         self._balance = Balance(boot.status, boot.slot)
         await pool.open()
@@ -99,6 +99,9 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(pool.close(), 1.0)
         self._services.cursors.close()
+
+    def _trouble(self, text: str) -> None:
+        self._services.trouble(text)
 
     # Clients.
 

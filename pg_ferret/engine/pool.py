@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 import psycopg
 import psycopg_pool
@@ -28,7 +28,9 @@ _log = structlog.get_logger()
 class Pool:
     """The worker's connections to PostgreSQL."""
 
-    def __init__(self, conninfo: str, limits: Limits) -> None:
+    def __init__(self, conninfo: str, limits: Limits, trouble: Callable[[str], None]) -> None:
+        """`trouble` is told when PostgreSQL cannot be reached."""
+        self._trouble = trouble
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._idle: list[Backend] = []
@@ -164,6 +166,7 @@ class Pool:
             connection = await self._source.getconn()
         except (psycopg_pool.PoolTimeout, psycopg.Error) as error:
             _log.warning("cannot connect to PostgreSQL", error=str(error).strip())
+            self._trouble(f"cannot connect to PostgreSQL: {error}")
             self._growing -= 1
             self._grow_if_needed()
             return

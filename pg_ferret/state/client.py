@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from datetime import UTC, datetime
 
 from config.settings import Config
 from pg_ferret.engine.pool import Pool
@@ -27,7 +27,7 @@ class Counters:
 class Services:
     """One worker's share of everything."""
 
-    __slots__ = ("config", "counters", "cursors", "engine", "slot", "started", "status")
+    __slots__ = ("config", "counters", "cursors", "engine", "slot", "status")
 
     def __init__(self, config: Config, engine: Pool, cursors: Cursors, status: StatusTable, slot: int) -> None:
         self.config = config  # replaced by the server when the configuration changes
@@ -36,7 +36,10 @@ class Services:
         self.status = status
         self.slot = slot
         self.counters = Counters()
-        self.started = time.time()
+
+    def trouble(self, text: str) -> None:
+        """Show a problem as this worker's message in ferretdb.status."""
+        self.status[self.slot].message = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {text}"
 
 
 class Client:

@@ -51,6 +51,10 @@ class Services:
 
     def __init__(self) -> None:
         self.counters = Counters()
+        self.troubles: list[str] = []
+
+    def trouble(self, text: str) -> None:
+        self.troubles.append(text)
 
 
 class Rig:
@@ -221,6 +225,7 @@ async def test_a_defect_in_a_handler_is_an_internal_error(monkeypatch: pytest.Mo
     ((_, answer),) = rig.transport.replies()
     assert answer["code"] == 1
     assert "secret" not in answer["errmsg"]
+    assert rig.services.troubles == ["broken: ZeroDivisionError, see PostgreSQL's log"]
 
 
 async def test_draining_closes_idle_connections_at_once_and_busy_ones_after_their_answer(gate: asyncio.Event) -> None:
