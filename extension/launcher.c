@@ -366,8 +366,8 @@ reap(void)
 	ferret_shared->restarts++;
 	strcpy(ferret_shared->last_exit, last_exit);
 	memset(&ferret_shared->slots[1], 0, ferret_max_workers * sizeof(FerretSlot));
-	/* Whoever could not start has left the reason. */
-	hopeless = ferret_shared->slots[0].number[SLOT_STATE] == FERRET_STATE_FAILED;
+	/* Whoever could not start has told why. */
+	hopeless = info.si_code == CLD_EXITED && ferret_shared->slots[0].number[SLOT_STATE] == FERRET_STATE_FAILED;
 	LWLockRelease(ferret_shared->lock);
 	if (hopeless)
 		show_supervisor(supervisor, FERRET_STATE_FAILED, NULL);

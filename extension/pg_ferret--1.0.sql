@@ -12,7 +12,7 @@ CREATE FUNCTION ferretdb.status(
     OUT in_flight bigint, OUT bytes_in bigint, OUT bytes_out bigint, OUT cursors bigint,
     OUT pool_size bigint, OUT pool_in_use bigint, OUT pool_waiting bigint, OUT rss bigint,
     OUT message text)
-RETURNS SETOF record AS 'MODULE_PATHNAME', 'ferretdb_status' LANGUAGE C STRICT VOLATILE;
+RETURNS SETOF record AS 'MODULE_PATHNAME', 'ferretdb_status' LANGUAGE C STRICT VOLATILE PARALLEL SAFE;
 
 CREATE VIEW ferretdb.status AS SELECT * FROM ferretdb.status() ORDER BY slot;
 COMMENT ON VIEW ferretdb.status IS 'The processes of pg_ferret; slot 0 is the supervisor.';
