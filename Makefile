@@ -8,8 +8,8 @@ ARGS ?=
 override RUN_DIR := $(abspath $(RUN_DIR))
 export RUN_DIR
 PYTHON_CODE := pg_ferret supervisor config dev tests
-CLUSTER := dev/enter python3 -m dev.instance
-TESTS := dev/enter --private --as postgres python3 -m pytest
+INSTANCE := dev/enter python3 -m dev.instance
+TESTS := dev/enter --private --finish --as postgres python3 -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help run start stop uri psql build test unit integration lint fmt generate clean
@@ -21,19 +21,19 @@ help: ## show this
 	@echo "  Other values of all three give another instance beside this one."
 
 run: build ## start PostgreSQL with pg_ferret in the foreground; Ctrl-C stops it
-	@$(CLUSTER) run --port $(PORT) --pg-port $(PG_PORT)
+	@dev/enter --finish python3 -m dev.instance run --port $(PORT) --pg-port $(PG_PORT)
 
 start: build ## start it in the background; the last line is the URI
-	@$(CLUSTER) start --port $(PORT) --pg-port $(PG_PORT)
+	@$(INSTANCE) start --port $(PORT) --pg-port $(PG_PORT)
 
 stop: ## stop it
-	@$(CLUSTER) stop
+	@$(INSTANCE) stop
 
 uri: ## print the URI of the running instance
 	@cat '$(RUN_DIR)/uri' 2>/dev/null || { echo "pg_ferret: not running, try make start" >&2; exit 1; }
 
 psql: ## SQL beside it: make psql ARGS="-c 'select * from ferretdb.status'"
-	@$(CLUSTER) psql -- $(ARGS)
+	@$(INSTANCE) psql -- $(ARGS)
 
 build: ## compile the extension (outside the checkout)
 	@dev/enter --write --as owner python3 -m compileall -q pg_ferret supervisor config

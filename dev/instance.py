@@ -99,11 +99,12 @@ def start(instance: Instance, port: int, pg_port: int) -> int:
 
 def run(instance: Instance, port: int, pg_port: int) -> int:
     """Start, show what to try, and stop at Ctrl-C, hangup or SIGTERM. 1 if the server ended by itself."""
-    # dev/enter ignores SIGINT for us; each of the three is KeyboardInterrupt here.
+    # Each of the three is KeyboardInterrupt here; dev/enter --finish holds SIGINT back until now.
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in signals:
         signal.signal(number, signal.default_int_handler)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with instance.locked():
             if instance.running():
                 raise ClusterError("runs already in the background: make stop ends it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import signal
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,9 +27,6 @@ CLIENT_OPTIONS: dict[str, Any] = {
     "connectTimeoutMS": 5_000,
     "socketTimeoutMS": 30_000,
 }
-
-# dev/enter has switched SIGINT off for itself; here Ctrl-C has to end the tests, with their finalizers.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _made(settings: dict[str, str], preload: bool) -> Cluster:
