@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
@@ -21,11 +21,12 @@ from pg_ferret.errors import EngineError, EngineLostError
 Params = Sequence[bytes | bytearray | memoryview | None]
 Row = tuple[bytes | None, ...]
 
-_TUPLES_OK = pq.ExecStatus.TUPLES_OK
-_COMMAND_OK = pq.ExecStatus.COMMAND_OK
-_PIPELINE_SYNC = pq.ExecStatus.PIPELINE_SYNC
-_PIPELINE_ABORTED = pq.ExecStatus.PIPELINE_ABORTED
-_BAD = pq.ConnStatus.BAD
+# As plain numbers, which compare faster than enums.
+_TUPLES_OK = int(pq.ExecStatus.TUPLES_OK)
+_COMMAND_OK = int(pq.ExecStatus.COMMAND_OK)
+_PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
+_PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
+_BAD = int(pq.ConnStatus.BAD)
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
 _CANCEL_SECONDS = 5.0
@@ -44,6 +45,7 @@ class Backend:
 
     __slots__ = (
         "_conn",
+        "_ended",
         "_error",
         "_expected",
         "_loop",
@@ -57,8 +59,10 @@ class Backend:
         "lost",
     )
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, ended: Callable[[Backend], None]) -> None:
+        """``ended`` is called once, when the server has closed the connection."""
         self._conn = conn
+        self._ended = ended
         self._pg = pg = conn.pgconn
         self._loop = loop
         self._prepared = conn.prepared_names
@@ -94,6 +98,9 @@ class Backend:
         The future raises EngineError when PostgreSQL refuses, EngineLostError when the connection ends.
         """
         self._waiter = waiter = self._loop.create_future()
+        if self.lost:
+            self._fail()
+            return waiter
         pg = self._pg
         try:
             if timeout_ms is not None:
@@ -195,6 +202,11 @@ class Backend:
         self.detach()
         self.lost = True
         self._expected.clear()
+        self._fail()
+        self._ended(self)
+
+    def _fail(self) -> None:
+        """End the call at hand, if there is one, with the loss of the connection."""
         if self._error is None:
             text = self._pg.error_message.decode("utf-8", "replace").strip() or "connection to PostgreSQL lost"
             self._error = EngineLostError(text)

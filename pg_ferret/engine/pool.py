@@ -84,20 +84,35 @@ class Pool:
         """Live under new limits; connections above them go when they are next idle."""
         self._limits = limits
         await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1))
+        for backend in self._idle[: max(0, len(self._all) - limits.largest)]:
+            await self._give_back(backend)
         for _ in range(limits.smallest - len(self._all) - self._growing):
             self._grow()
-        self._pump()
+        for _ in range(min(len(self._waiting), limits.largest - len(self._all))):
+            self._grow()
 
     async def call(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> Row:
         """The first row of the call's result.
 
         Raises EngineError, EngineLostError, or CommandError when no connection came free in time.
         """
-        backend = self._idle.pop() if self._idle else await self._wait()
+        backend = self._idle.pop() if self._idle else await self._next()
         try:
             return await backend.execute(call, params, timeout_ms)
         finally:
             self._release(backend)
+
+    async def _next(self) -> Backend:
+        """The connection that comes free for us."""
+        waiter = self._wait()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif not waiter.cancelled() and waiter.exception() is None:
+                self._release(waiter.result())  # it came in the same moment as the cancellation
+            raise
 
     def _wait(self) -> asyncio.Future[Backend]:
         waiter: asyncio.Future[Backend] = self._loop.create_future()
@@ -137,11 +152,6 @@ class Pool:
         backend.idle_since = time.monotonic()
         self._idle.append(backend)
 
-    def _pump(self) -> None:
-        """Give idle connections to those in line."""
-        while self._waiting and self._idle:
-            self._offer(self._idle.pop())
-
     async def _recover(self, backend: Backend) -> None:
         """The client went away in the middle of a call: cancel it, and keep the connection if it listens."""
         await backend.cancel()
@@ -174,14 +184,20 @@ class Pool:
             self._growing -= 1
             raise
         self._growing -= 1
-        backend = Backend(connection, self._loop)
+        backend = Backend(connection, self._loop, self._ended)
         self._all.add(backend)
         self._offer(backend)
 
+    def _ended(self, backend: Backend) -> None:
+        """The server closed a connection; if it was in use, `_release` is about to see it."""
+        if backend in self._idle:
+            self._discard(backend)
+
     def _discard(self, backend: Backend) -> None:
-        """A connection that is gone: psycopg_pool learns of it and opens another."""
-        if backend in self._all:
-            self._spawn(self._give_back(backend))
+        """A connection that is gone must serve nobody; psycopg_pool learns of it and opens another."""
+        if backend in self._idle:
+            self._idle.remove(backend)
+        self._spawn(self._give_back(backend))
 
     async def _give_back(self, backend: Backend) -> None:
         if backend not in self._all:
