@@ -83,7 +83,8 @@ class Worker:
         pool = Pool(conninfo(boot.config), pool_limits(boot.config), self._trouble)
         self._services = Services(boot.config, pool, Cursors(place), boot.status, boot.slot)
         self._balance = Balance(boot.status, boot.slot)
-        await pool.open()
+        if boot.config.server.documentdb is not None:
+            await pool.open()
         keeper = Housekeeper(self._services, place)
         tasks = [loop.create_task(work) for work in (keeper.run(), self._tend())]
         self._beat()
@@ -211,9 +212,16 @@ class Worker:
         services = self._services
         services.config = config
         log.configure(self._boot.channel, config.settings.log_level, f"worker {self._boot.slot}")
-        task = self._loop.create_task(services.engine.resize(pool_limits(config)))
+        task = self._loop.create_task(self._follow(config))
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)
+
+    async def _follow(self, config: Config) -> None:
+        """Bring the pool in line with a new configuration."""
+        engine = self._services.engine
+        if config.server.documentdb is not None:
+            await engine.open()
+        await engine.resize(pool_limits(config))
 
     # The status table.
 

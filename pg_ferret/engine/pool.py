@@ -19,9 +19,12 @@ import structlog
 from pg_ferret.engine.backend import Backend, Params, Row, Session
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.limits import Limits
+from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.errors import CommandError
 
 _IDLE_SECONDS = 600.0
+# How long a request waits for the launcher to install the engine, which takes half a second on a new server.
+_INSTALLING_SECONDS = 5.0
 _log = structlog.get_logger()
 
 
@@ -37,6 +40,7 @@ class Pool:
         self._all: set[Backend] = set()
         self._waiting: deque[asyncio.Future[Backend]] = deque()
         self._growing = 0
+        self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._source = psycopg_pool.AsyncConnectionPool(
@@ -66,8 +70,13 @@ class Pool:
         return len(self._waiting)
 
     async def open(self) -> None:
-        """Start connecting; returns at once."""
+        """Start connecting, as soon as the engine is installed; returns at once.  Requests that came before waited."""
+        if self._open or self._closed:
+            return
+        self._open = True
         await self._source.open(wait=False)
+        for _ in self._waiting:
+            self._grow()
         for _ in range(self._limits.smallest):
             self._grow()
 
@@ -83,6 +92,8 @@ class Pool:
     async def resize(self, limits: Limits) -> None:
         """Live under new limits; connections above them go when they are next idle."""
         self._limits = limits
+        if not self._open:
+            return
         await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1))
         for backend in self._idle[: max(0, len(self._all) - limits.largest)]:
             await self._give_back(backend)
@@ -118,7 +129,7 @@ class Pool:
         waiter: asyncio.Future[Backend] = self._loop.create_future()
         self._waiting.append(waiter)
         self._grow()
-        seconds = self._limits.wait_seconds
+        seconds = self._limits.wait_seconds if self._open else _INSTALLING_SECONDS
         if seconds is not None:
             timer = self._loop.call_later(seconds, self._give_up, waiter)
             waiter.add_done_callback(lambda _: timer.cancel())
@@ -128,6 +139,9 @@ class Pool:
         if waiter.done():
             return
         self._waiting.remove(waiter)
+        if not self._open:
+            waiter.set_exception(CommandError(6, EXTENSION_MISSING))
+            return
         # ExceededTimeLimit is in the drivers' list of retryable errors.
         waiter.set_exception(
             CommandError(262, "no PostgreSQL connection came free in time (ferretdb.query_wait_timeout)")
@@ -167,7 +181,7 @@ class Pool:
             self._grow()
 
     def _grow(self) -> None:
-        if len(self._all) + self._growing < self._limits.largest and not self._closed:
+        if self._open and not self._closed and len(self._all) + self._growing < self._limits.largest:
             self._growing += 1
             self._spawn(self._lease())
 

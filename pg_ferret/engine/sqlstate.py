@@ -12,7 +12,7 @@ DUPLICATE_KEY: Final = 11000
 # In writeErrors these concern the whole command, so MongoDB answers them at the top level.
 WHOLE_COMMAND: Final = frozenset({1, 13, 24, 50, 112})
 
-_EXTENSION_MISSING = (
+EXTENSION_MISSING = (
     "the DocumentDB extension is not installed in PostgreSQL's database yet; see the message column of ferretdb.status"
 )
 # SQLSTATE -> code; None as text: the engine's message is fit for clients.
@@ -30,13 +30,13 @@ _TABLE: dict[str, tuple[int, str | None]] = {
     "25P02": (251, None),
     "25P03": (251, None),
     "25P04": (251, None),
-    "3F000": (6, _EXTENSION_MISSING),
+    "3F000": (6, EXTENSION_MISSING),
     "40001": (112, "Write conflict during the operation; please retry"),
     "40P01": (112, "Write conflict during the operation; please retry"),
     "42501": (UNAUTHORIZED, None),
     "42601": (2, None),
-    "42704": (6, _EXTENSION_MISSING),
-    "42883": (6, _EXTENSION_MISSING),
+    "42704": (6, EXTENSION_MISSING),
+    "42883": (6, EXTENSION_MISSING),
     "42939": (2, None),
     "42P01": (26, None),
     "53000": (146, None),
