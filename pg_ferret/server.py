@@ -20,7 +20,7 @@ from config.settings import Config
 from pg_ferret import log
 from pg_ferret.connection import Connection
 from pg_ferret.engine.limits import conninfo, pool_limits
-from pg_ferret.engine.pool import Pool
+from pg_ferret.engine.pool import TICK_SECONDS, Pool
 from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Balance, Listener
 from pg_ferret.state import directory
@@ -30,7 +30,6 @@ from pg_ferret.status import State, StatusTable
 
 _log = structlog.get_logger()
 _BEAT_SECONDS = 0.25
-_TEND_SECONDS = 30.0
 # A client that has asked nothing for so long looks at its connection before it asks again.
 _QUIET_SECONDS = 1.0
 _LAST_REQUEST_SECONDS = 1.0
@@ -247,7 +246,7 @@ class Worker:
 
     async def _tend(self) -> None:
         while True:
-            await asyncio.sleep(_TEND_SECONDS)
+            await asyncio.sleep(TICK_SECONDS)
             await self._services.engine.tend()
 
 

@@ -20,7 +20,7 @@ async def _first_page(call: calls.Call, namespace: bytes, request: Request, clie
     """The first page; what is left is kept as a cursor that any worker can continue."""
     services = client.services
     cursor_id = new_id()
-    page, continuation = await services.engine.call(call, (database(request), spec(request), str(cursor_id).encode()))
+    page, continuation = await services.engine.call(call, (database(request), spec(request), b"%d" % cursor_id))
     assert page is not None
     if continuation is not None:
         lifetime = services.config.settings.cursor_timeout / 1000

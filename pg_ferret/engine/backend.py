@@ -7,7 +7,6 @@ one read.  One permanent reader serves it.  The pool (pool.py) owns its life; on
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,15 +46,16 @@ class Backend:
         "_conn",
         "_ended",
         "_error",
-        "_expected",
         "_loop",
         "_pg",
         "_prepared",
+        "_preparing",
         "_row",
         "_socket",
         "_waiter",
         "_writing",
-        "idle_since",
+        "busy",
+        "idle_ticks",
         "lost",
     )
 
@@ -66,13 +66,14 @@ class Backend:
         self._pg = pg = conn.pgconn
         self._loop = loop
         self._prepared = conn.prepared_names
-        self._expected: list[bytes | None] = []  # per result to come: the statement it prepares, or None
+        self._preparing: list[bytes] = []  # the statements that this batch prepares, in order
+        self.busy = False  # an answer is still to come
         self._row: Row | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[Row] | None = None
         self._writing = False
         self.lost = False
-        self.idle_since = time.monotonic()
+        self.idle_ticks = 0  # how often the pool has found it idle in a row
         pg.enter_pipeline_mode()
         self._socket = pg.socket
         loop.add_reader(self._socket, self._readable)
@@ -87,11 +88,6 @@ class Backend:
         """The server process's pid."""
         return self._pg.backend_pid
 
-    @property
-    def busy(self) -> bool:
-        """Whether an answer is still to come."""
-        return bool(self._expected)
-
     def execute(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> asyncio.Future[Row]:
         """Send one call, bounded by ``timeout_ms`` if given; the future gets the first row of its result.
 
@@ -102,12 +98,12 @@ class Backend:
             self._fail()
             return waiter
         pg = self._pg
+        self.busy = True
         try:
             if timeout_ms is not None:
                 self._send(STATEMENT_TIMEOUT, (timeout_ms,))
             self._send(call, params)
             pg.pipeline_sync()
-            self._expected.append(None)
             if pg.flush():
                 self._writing = True
                 self._loop.add_writer(self._socket, self._writable)
@@ -119,49 +115,42 @@ class Backend:
         name = call.name
         if name not in self._prepared:
             self._pg.send_prepare(name, call.sql)
-            self._expected.append(name)
+            self._preparing.append(name)
         self._pg.send_query_prepared(name, params, call.formats, 1)
-        self._expected.append(None)
 
     def _readable(self) -> None:
         pg = self._pg
         try:
             pg.consume_input()
-            while self._expected and not pg.is_busy():
+            while self.busy and not pg.is_busy():
                 result = pg.get_result()
-                if result is None:  # the end of one statement's results
-                    if pg.status == _BAD:
-                        self._end()
-                    continue
-                self._take(result)
+                if result is not None:
+                    self._take(result)
+                elif pg.status == _BAD:
+                    self._end()
         except psycopg.Error:
             self._end()
-        else:
-            if pg.status == _BAD:
-                self._end()
 
     def _take(self, result: pq.abc.PGresult) -> None:
+        """One result of the batch; the last is the answer to Sync."""
         status = result.status
         if status == _TUPLES_OK:
-            self._expected.pop(0)
-            if result.ntuples:
-                get = result.get_value
-                self._row = tuple([get(0, column) for column in range(result.nfields)])
-            else:
+            get = result.get_value
+            if not result.ntuples:
                 self._row = ()
+            elif result.nfields == 2:
+                self._row = (get(0, 0), get(0, 1))
+            else:
+                self._row = tuple([get(0, column) for column in range(result.nfields)])
         elif status == _PIPELINE_SYNC:
-            self._expected.clear()
+            self.busy = False
             self._finish()
         elif status == _COMMAND_OK:
-            prepared = self._expected.pop(0)
-            if prepared is None:
-                self._row = ()
+            if self._preparing:
+                self._prepared.add(self._preparing.pop(0))
             else:
-                self._prepared.add(prepared)
-        elif status == _PIPELINE_ABORTED:
-            self._expected.pop(0)
-        else:
-            self._expected.pop(0)
+                self._row = ()
+        elif status != _PIPELINE_ABORTED:
             self._error = self._error_of(result)
 
     def _error_of(self, result: pq.abc.PGresult) -> Exception:
@@ -175,6 +164,8 @@ class Backend:
         waiter, self._waiter = self._waiter, None
         row, self._row = self._row, None
         error, self._error = self._error, None
+        if self._preparing:  # what an error kept from being prepared
+            self._preparing.clear()
         if waiter is None or waiter.done():
             return
         if error is not None:
@@ -201,7 +192,7 @@ class Backend:
             return
         self.detach()
         self.lost = True
-        self._expected.clear()
+        self.busy = False
         self._fail()
         self._ended(self)
 

@@ -8,7 +8,6 @@ free waits in line, for at most ``ferretdb.query_wait_timeout``.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 
@@ -22,7 +21,8 @@ from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.errors import CommandError
 
-_IDLE_SECONDS = 600.0
+TICK_SECONDS = 30.0
+_IDLE_TICKS = 20
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
 _INSTALLING_SECONDS = 5.0
 _log = structlog.get_logger()
@@ -51,7 +51,7 @@ class Pool:
             kwargs={"autocommit": True},
             open=False,
             reconnect_timeout=30.0,
-            max_idle=_IDLE_SECONDS,
+            max_idle=TICK_SECONDS * _IDLE_TICKS,
         )
 
     @property
@@ -83,6 +83,7 @@ class Pool:
     async def close(self) -> None:
         """Give every connection back and close it."""
         self._closed = True
+        self._limits = Limits(0, 0, self._limits.wait_seconds)
         for task in tuple(self._tasks):
             task.cancel()
         for backend in tuple(self._all):
@@ -111,7 +112,11 @@ class Pool:
         try:
             return await backend.execute(call, params, timeout_ms)
         finally:
-            self._release(backend)
+            if backend.busy or backend.lost or self._waiting or len(self._all) > self._limits.largest:
+                self._release(backend)
+            else:  # nearly always
+                backend.idle_ticks = 0
+                self._idle.append(backend)
 
     async def _next(self) -> Backend:
         """The connection that comes free for us."""
@@ -152,7 +157,7 @@ class Pool:
             self._spawn(self._recover(backend))
         elif backend.lost:
             self._discard(backend)
-        elif self._closed or len(self._all) > self._limits.largest:
+        elif len(self._all) > self._limits.largest:
             self._spawn(self._give_back(backend))
         else:
             self._offer(backend)
@@ -163,7 +168,7 @@ class Pool:
             if not waiter.done():
                 waiter.set_result(backend)
                 return
-        backend.idle_since = time.monotonic()
+        backend.idle_ticks = 0
         self._idle.append(backend)
 
     async def _recover(self, backend: Backend) -> None:
@@ -177,11 +182,11 @@ class Pool:
             self._release(backend)
 
     def _grow_if_needed(self) -> None:
-        if not self._closed and (self._waiting or len(self._all) + self._growing < self._limits.smallest):
+        if self._waiting or len(self._all) + self._growing < self._limits.smallest:
             self._grow()
 
     def _grow(self) -> None:
-        if self._open and not self._closed and len(self._all) + self._growing < self._limits.largest:
+        if self._open and len(self._all) + self._growing < self._limits.largest:
             self._growing += 1
             self._spawn(self._lease())
 
@@ -229,10 +234,10 @@ class Pool:
         self._grow_if_needed()
 
     async def tend(self) -> None:
-        """Once in a while: let go what is lost and what has been idle for long."""
-        limit = time.monotonic() - _IDLE_SECONDS
+        """To be called every `TICK_SECONDS`: let go what is lost and what has been idle for long."""
         for backend in tuple(self._idle):
-            spare = len(self._all) > self._limits.smallest and backend.idle_since < limit
+            backend.idle_ticks += 1
+            spare = len(self._all) > self._limits.smallest and backend.idle_ticks > _IDLE_TICKS
             if backend.lost or spare:
                 await self._give_back(backend)
 

@@ -37,6 +37,7 @@ _pack_double = _DOUBLE.pack
 
 # By type: the size of a value, or how to learn it.
 _PREFIXED, _DOCUMENT, _BINARY, _REGEX, _POINTER, _UNKNOWN = -1, -2, -3, -4, -5, -6
+_LENGTH_FIRST = (_PREFIXED, _DOCUMENT)
 _SIZES = [_UNKNOWN] * 256
 for _type, _size in {
     0x01: 8,
@@ -92,17 +93,21 @@ def scan(data: bytes, start: int, end: int) -> dict[bytes, Span]:
     last = end - 1
     sizes = _SIZES
     find = data.index
+    read_int32 = _read_int32
     try:
         while position < last:
             kind = data[position]
             name_end = find(0, position + 1, last)
             value = name_end + 1
             size = sizes[kind]
-            if size < 0:
-                size = _measure(data, kind, value, size, last)
-            after = value + size
-            if after > last:
-                raise InvalidBSONError("BSON value runs over the end of its document")
+            if size in _LENGTH_FIRST:  # here and not in _measure: most values are of these kinds
+                after = value + read_int32(data, value)[0] + (4 if size == _PREFIXED else 0)
+                if after > last or after < value + 5 or data[after - 1]:
+                    raise InvalidBSONError("BSON string or nested document has an invalid length")
+            else:
+                after = value + (size if size >= 0 else _measure(data, kind, value, size, last))
+                if after > last:
+                    raise InvalidBSONError("BSON value runs over the end of its document")
             fields[data[position + 1 : name_end]] = (kind, value, after)
             position = after
     except (ValueError, StructError):
@@ -111,17 +116,9 @@ def scan(data: bytes, start: int, end: int) -> dict[bytes, Span]:
 
 
 def _measure(data: bytes, kind: int, value: int, how: int, last: int) -> int:
-    """The size in bytes of a value that has no fixed one."""
-    if how == _PREFIXED:
-        size: int = _read_int32(data, value)[0] + 4
-        if size < 5 or value + size > last or data[value + size - 1] != 0:
-            raise InvalidBSONError("BSON string has an invalid length")
-    elif how == _DOCUMENT:
-        size = _read_int32(data, value)[0]
-        if size < 5 or value + size > last or data[value + size - 1] != 0:
-            raise InvalidBSONError("nested BSON document has an invalid length")
-    elif how == _BINARY:
-        length = _read_int32(data, value)[0]
+    """The size in bytes of a value that has neither a fixed one nor a simple length before it."""
+    if how == _BINARY:
+        length: int = _read_int32(data, value)[0]
         if length < 0:
             raise InvalidBSONError("BSON binary has a negative length")
         size = length + 5

@@ -80,7 +80,7 @@ INVALID = {
     "body-empty": (msg(b"\0" + bson.encode({})), "InvalidBSONError empty"),
     "string-over-the-end": (
         msg(b"\0" + BODY.replace(struct.pack("<i", 6) + b"admin", struct.pack("<i", 600) + b"admin")),
-        "InvalidBSONError string has an invalid length",
+        "InvalidBSONError string or nested document has an invalid length",
     ),
     "unknown-type": (msg(b"\0" + BODY.replace(b"\x10ping", b"\x20ping")), "InvalidBSONError type 0x20"),
     "op-query-find": (query(b"db.c", bson.encode({"a": 1})), "ProtocolError no longer supported"),
