@@ -64,6 +64,8 @@ def translate(sqlstate: str, message: str) -> tuple[int, str]:
             code = codes.ENGINE[int(sqlstate[1:], 36)]
         except (ValueError, IndexError):
             return 1, message
+        if code == 2 and "larger than MaxDocumentSize" in message:
+            return 10334, message  # BSONObjectTooLarge, which drivers know
         return code, message
     if sqlstate == "57014" and "statement timeout" in message:
         return 50, "operation exceeded time limit"

@@ -38,6 +38,10 @@ def test_known_states(state: str, code: int, name: str) -> None:
     assert codes.name(code) == name
 
 
+def test_a_document_that_is_too_large_has_a_code_of_its_own() -> None:
+    assert sqlstate.translate("M0001", "Size 16777240 is larger than MaxDocumentSize 16777216")[0] == 10334
+
+
 def test_a_timeout_is_told_from_a_cancel() -> None:
     assert sqlstate.translate("57014", "canceling statement due to statement timeout")[0] == 50
     assert sqlstate.translate("57014", "canceling statement due to user request")[0] == 11601
