@@ -182,8 +182,9 @@ class Connection(asyncio.Protocol):
             self._writable.cancel()
             self._writable = None
         if self._task is not None:
-            # Nobody waits for the answer any more: the pool cancels the query.
+            # Nobody waits for the answer any more: the query is to end too.
             self._task.cancel()
+            self._client.services.engine.abandon()
         self._closed(self)
 
     def close_if_quiet(self) -> None:

@@ -7,14 +7,14 @@ import structlog
 import pg_ferret.commands  # noqa: F401  (fills the registry)
 from pg_ferret import codes
 from pg_ferret.engine.sqlstate import command_error
-from pg_ferret.errors import CommandError, EngineError, EngineLostError
-from pg_ferret.registry import COMMANDS, MISSING
+from pg_ferret.errors import CommandError, EngineError, EngineLostError, ProtocolError
+from pg_ferret.registry import COMMANDS, MISSING, Command
 from pg_ferret.state.client import Client
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request, parse, reply, reply_head
 
 _log = structlog.get_logger()
-_TRANSACTION_FIELDS = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
+_GATED = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
 # Codes that tell of the server's state rather than of the client's request.
 _TROUBLE = frozenset((1, 6, 91, 14031))
 _LEGACY_COMMANDS = frozenset((b"hello", b"isMaster", b"ismaster"))
@@ -27,49 +27,54 @@ async def respond(frame: bytes, client: Client) -> bytes | None:
     """
     counters = client.services.counters
     counters.requests += 1
+    counters.in_flight += 1
+    request = None
     try:
         request = parse(frame)
-    except CommandError as error:
-        counters.errors += 1
-        request_id, legacy, silent = reply_head(frame)
-        return None if silent else reply(error_document(error), request_id, legacy)
-    document = await _answer(request, client)
-    if request.silent:
-        return None
-    return reply(document, request.request_id, request.legacy)
-
-
-async def _answer(request: Request, client: Client) -> bytes:
-    counters = client.services.counters
-    counters.in_flight += 1
-    try:
         command = COMMANDS.get(request.name)
         if command is None:
             raise _no_such_command(request.name)
-        if not _TRANSACTION_FIELDS.isdisjoint(request.fields):
-            # Never run as if it were in a transaction: MongoDB's standalone servers refuse in these words.
-            raise CommandError(20, "Transaction numbers are only allowed on a replica set member or mongos")
-        if request.legacy and request.name not in _LEGACY_COMMANDS:
-            raise CommandError(352, f"Unsupported OP_QUERY command: {command.name}")
-        if command.admin_only and request.string(b"$db") != b"admin":
-            raise CommandError(13, f"{command.name} may only be run against the admin database.")
-        return await command.handler(request, client)
-    except CommandError as error:
-        failure = error
-    except (EngineError, EngineLostError) as error:
-        failure = command_error(error)
-        if failure.code == 1:
-            _log.error("the engine failed", command=_printable(request.name), error=str(error))
-        if failure.code in _TROUBLE:
-            client.services.trouble(f"{_printable(request.name)}: {failure.message}")
+        if not _GATED.isdisjoint(request.fields) or request.legacy or command.admin_only:
+            _pass_gates(request, command)
+        document = await command.handler(request, client)
+        return None if request.silent else reply(document, request.request_id, request.legacy)
+    except ProtocolError:
+        raise
     except Exception as error:
-        _log.exception("a command failed unexpectedly", command=_printable(request.name))
-        client.services.trouble(f"{_printable(request.name)}: {type(error).__name__}, see PostgreSQL's log")
-        failure = CommandError(1, "internal error; see PostgreSQL's log")
+        failure = _failure(error, request, client)
     finally:
         counters.in_flight -= 1
     counters.errors += 1
-    return error_document(failure)
+    request_id, legacy, silent = reply_head(frame)
+    return None if silent else reply(error_document(failure), request_id, legacy)
+
+
+def _pass_gates(request: Request, command: Command) -> None:
+    """Raises CommandError for a request that must not be run as it is."""
+    if not _GATED.isdisjoint(request.fields):
+        # Never run as if it were in a transaction: MongoDB's standalone servers refuse in these words.
+        raise CommandError(20, "Transaction numbers are only allowed on a replica set member or mongos")
+    if request.legacy and request.name not in _LEGACY_COMMANDS:
+        raise CommandError(352, f"Unsupported OP_QUERY command: {command.name}")
+    if command.admin_only and request.string(b"$db") != b"admin":
+        raise CommandError(13, f"{command.name} may only be run against the admin database.")
+
+
+def _failure(error: Exception, request: Request | None, client: Client) -> CommandError:
+    """What to answer; what is not the client's own mistake is logged and shown in ferretdb.status."""
+    if isinstance(error, CommandError):
+        return error
+    name = "?" if request is None else _printable(request.name)
+    if not isinstance(error, EngineError | EngineLostError):
+        _log.exception("a command failed unexpectedly", command=name, exc_info=error)
+        client.services.trouble(f"{name}: {type(error).__name__}, see PostgreSQL's log")
+        return CommandError(1, "internal error; see PostgreSQL's log")
+    failure = command_error(error)
+    if failure.code == 1:
+        _log.error("the engine failed", command=name, error=str(error))
+    if failure.code in _TROUBLE:
+        client.services.trouble(f"{name}: {failure.message}")
+    return failure
 
 
 def _no_such_command(name: bytes) -> CommandError:

@@ -16,18 +16,19 @@ _MAX_TIMEOUT_MS = 2**31 - 1
 
 def database(request: Request) -> bytes:
     """The name of the database; raises CommandError when there is none."""
-    name = request.string(b"$db")
-    if name is None:
+    span = request.fields.get(b"$db")
+    if span is None or span[0] != bson.STRING:
         raise CommandError(40414, "OP_MSG requests require a $db argument")
-    return name
+    return request.frame[span[1] + 4 : span[2] - 1]
 
 
 def collection(request: Request, field: bytes | None = None) -> bytes:
     """The name of the collection, the value of the command's own field by default; raises CommandError."""
     field = field or request.name
-    name = request.string(field)
-    if name is None:
+    span = request.fields.get(field)
+    if span is None or span[0] != bson.STRING:
         raise CommandError(73, f"collection name has invalid type: field '{field.decode()}' must be a string")
+    name = request.frame[span[1] + 4 : span[2] - 1]
     if not name:
         raise CommandError(73, f"Invalid namespace specified '{database(request).decode('utf-8', 'replace')}.'")
     return name
@@ -38,7 +39,9 @@ def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryvie
 
     Document sequences become array fields, all but ``besides``, which goes to the engine as it is.
     """
-    sequences = {name: data for name, data in request.sequences.items() if name != besides}
+    sequences = request.sequences
+    if sequences and besides in sequences:
+        sequences = {name: data for name, data in sequences.items() if name != besides}
     if not sequences and _NOT_FOR_THE_ENGINE.isdisjoint(request.fields):
         return request.body
     body = bson.without(request.frame, request.fields, _NOT_FOR_THE_ENGINE)

@@ -7,43 +7,48 @@ import time
 from pg_ferret.commands import write_errors
 from pg_ferret.commands.arguments import collection, database, session, spec
 from pg_ferret.engine import calls
+from pg_ferret.engine.backend import Row
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
-from pg_ferret.state.cursors import Cursor, new_id
+from pg_ferret.state.cursors import Cursor
 from pg_ferret.wire.message import Request
 
 _FOR_EVER = float("inf")
 
 
-async def _first_page(call: calls.Call, namespace: bytes, request: Request, client: Client) -> bytes:
-    """The first page; what is left is kept as a cursor that any worker can continue."""
-    services = client.services
-    cursor_id = new_id()
-    page, continuation = await services.engine.call(call, (database(request), spec(request), b"%d" % cursor_id))
+def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes:
+    """The first page; what is left of the result is kept as a cursor that any worker can continue."""
+    page, continuation, cursor_id = row
     assert page is not None
     if continuation is not None:
+        assert cursor_id is not None
+        services = client.services
         lifetime = services.config.settings.cursor_timeout / 1000
         expires = _FOR_EVER if request.true(b"noCursorTimeout") else time.time() + lifetime
-        services.cursors.open(cursor_id, Cursor(namespace, client.user, session(request), expires, continuation))
+        cursor = Cursor(namespace, client.user, session(request), expires, continuation)
+        services.cursors.open(int.from_bytes(cursor_id, "big"), cursor)
     return page
 
 
 @command("find", help="Returns the documents that match a filter.")
 async def find(request: Request, client: Client) -> bytes:
-    if request.true(b"tailable"):
+    if b"tailable" in request.fields and request.true(b"tailable"):
         raise CommandError(2, "error processing query: tailable cursor requested on non capped collection")
-    namespace = database(request) + b"." + collection(request)
-    return await _first_page(calls.FIND, namespace, request, client)
+    db, name = database(request), collection(request)
+    row = await client.services.engine.call(calls.FIND, (db, spec(request)))
+    return _page(row, db + b"." + name, request, client)
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")
 async def aggregate(request: Request, client: Client) -> bytes:
     if request.true(b"explain"):
         raise CommandError(238, "aggregate with explain is not implemented yet")
+    db = database(request)
     # {aggregate: 1} runs on the database itself.
     name = b"$cmd.aggregate" if request.integer(b"aggregate") == 1 else collection(request)
-    return await _first_page(calls.AGGREGATE, database(request) + b"." + name, request, client)
+    row = await client.services.engine.call(calls.AGGREGATE, (db, spec(request)))
+    return _page(row, db + b"." + name, request, client)
 
 
 @command("count", help="Counts the documents that match a query.")

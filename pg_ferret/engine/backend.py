@@ -29,6 +29,7 @@ _BAD = int(pq.ConnStatus.BAD)
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
 _CANCEL_SECONDS = 5.0
+_PAGE_COLUMNS = 3
 
 
 class Session(psycopg.AsyncConnection[TupleRow]):
@@ -50,6 +51,7 @@ class Backend:
         "_pg",
         "_prepared",
         "_preparing",
+        "_released",
         "_row",
         "_socket",
         "_waiter",
@@ -59,9 +61,16 @@ class Backend:
         "lost",
     )
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, ended: Callable[[Backend], None]) -> None:
-        """``ended`` is called once, when the server has closed the connection."""
+    def __init__(
+        self,
+        conn: Session,
+        loop: asyncio.AbstractEventLoop,
+        released: Callable[[Backend], None],
+        ended: Callable[[Backend], None],
+    ) -> None:
+        """``released`` is called when a call is over, ``ended`` once, when the server has closed the connection."""
         self._conn = conn
+        self._released = released
         self._ended = ended
         self._pg = pg = conn.pgconn
         self._loop = loop
@@ -138,8 +147,8 @@ class Backend:
             get = result.get_value
             if not result.ntuples:
                 self._row = ()
-            elif result.nfields == 2:
-                self._row = (get(0, 0), get(0, 1))
+            elif result.nfields == _PAGE_COLUMNS:  # the hot path, spelled out
+                self._row = (get(0, 0), get(0, 1), get(0, 2))
             else:
                 self._row = tuple([get(0, column) for column in range(result.nfields)])
         elif status == _PIPELINE_SYNC:
@@ -166,6 +175,8 @@ class Backend:
         error, self._error = self._error, None
         if self._preparing:  # what an error kept from being prepared
             self._preparing.clear()
+        if not self.lost:
+            self._released(self)
         if waiter is None or waiter.done():
             return
         if error is not None:
@@ -214,6 +225,11 @@ class Backend:
     def leave_pipeline(self) -> None:
         """Make the connection an ordinary idle one again."""
         self._pg.exit_pipeline_mode()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether a call is under way for which nobody waits any more."""
+        return self._waiter is not None and self._waiter.cancelled()
 
     async def cancel(self) -> None:
         """Ask the server to stop the running call; returns when it has answered or the time is up."""

@@ -30,11 +30,11 @@ def _call(name: str, sql: str, formats: tuple[int, ...]) -> Call:
     return Call(name.encode(), sql.encode(), formats)
 
 
-_FIRST_PAGE = "SELECT cursorpage, continuation FROM documentdb_api.{}_cursor_first_page($1, $2, $3)"
+_FIRST_PAGE = "SELECT cursorpage, continuation, cursorid FROM documentdb_api.{}_cursor_first_page($1, $2)"
 
-# (db, spec, cursor id) -> page, continuation or NULL
-FIND = _call("find", _FIRST_PAGE.format("find"), (TEXT, BINARY, TEXT))
-AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate"), (TEXT, BINARY, TEXT))
+# (db, spec) -> page, continuation or NULL, cursor id (53 bits of pg_strong_random)
+FIND = _call("find", _FIRST_PAGE.format("find"), _DB_BSON)
+AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate"), _DB_BSON)
 # (db, spec) -> page: these come whole
 LIST_COLLECTIONS = _call(
     "list_collections", "SELECT cursorpage FROM documentdb_api.list_collections_cursor_first_page($1, $2)", _DB_BSON

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 import psycopg
 import psycopg_pool
@@ -103,20 +103,25 @@ class Pool:
         for _ in range(min(len(self._waiting), limits.largest - len(self._all))):
             self._grow()
 
-    async def call(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> Row:
-        """The first row of the call's result.
+    def call(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> Awaitable[Row]:
+        """To be awaited at once: the first row of the call's result.
 
-        Raises EngineError, EngineLostError, or CommandError when no connection came free in time.
+        Raises EngineError, EngineLostError, or CommandError when no connection came free in time.  Whoever cancels
+        the waiting task has to call `abandon`.
         """
-        backend = self._idle.pop() if self._idle else await self._next()
-        try:
-            return await backend.execute(call, params, timeout_ms)
-        finally:
-            if backend.busy or backend.lost or self._waiting or len(self._all) > self._limits.largest:
-                self._release(backend)
-            else:  # nearly always
-                backend.idle_ticks = 0
-                self._idle.append(backend)
+        if self._idle:
+            return self._idle.pop().execute(call, params, timeout_ms)
+        return self._call_later(call, params, timeout_ms)
+
+    async def _call_later(self, call: Call, params: Params, timeout_ms: bytes | None) -> Row:
+        backend = await self._next()
+        return await backend.execute(call, params, timeout_ms)
+
+    def abandon(self) -> None:
+        """Cancel the calls for which nobody waits any more."""
+        for backend in self._all:
+            if backend.abandoned:
+                self._spawn(self._recover(backend))
 
     async def _next(self) -> Backend:
         """The connection that comes free for us."""
@@ -153,16 +158,10 @@ class Pool:
         )
 
     def _release(self, backend: Backend) -> None:
-        if backend.busy:
-            self._spawn(self._recover(backend))
-        elif backend.lost:
-            self._discard(backend)
-        elif len(self._all) > self._limits.largest:
+        """A connection has come free."""
+        if len(self._all) > self._limits.largest:
             self._spawn(self._give_back(backend))
-        else:
-            self._offer(backend)
-
-    def _offer(self, backend: Backend) -> None:
+            return
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
@@ -176,10 +175,8 @@ class Pool:
         await backend.cancel()
         if backend.busy:
             _log.warning("a query ignores its cancel request; its connection is replaced", backend_pid=backend.pid)
+            self._trouble(f"the query of PostgreSQL backend {backend.pid} ignores its cancel request")
             await self._give_back(backend)
-            self._grow_if_needed()
-        else:
-            self._release(backend)
 
     def _grow_if_needed(self) -> None:
         if self._waiting or len(self._all) + self._growing < self._limits.smallest:
@@ -203,17 +200,12 @@ class Pool:
             self._growing -= 1
             raise
         self._growing -= 1
-        backend = Backend(connection, self._loop, self._ended)
+        backend = Backend(connection, self._loop, self._release, self._ended)
         self._all.add(backend)
-        self._offer(backend)
+        self._release(backend)
 
     def _ended(self, backend: Backend) -> None:
-        """The server closed a connection; if it was in use, `_release` is about to see it."""
-        if backend in self._idle:
-            self._discard(backend)
-
-    def _discard(self, backend: Backend) -> None:
-        """A connection that is gone must serve nobody; psycopg_pool learns of it and opens another."""
+        """The server closed a connection: it must serve nobody, and psycopg_pool opens another."""
         if backend in self._idle:
             self._idle.remove(backend)
         self._spawn(self._give_back(backend))

@@ -7,7 +7,6 @@ committed state (LMDB's mutex is robust).  Nothing is synced to disk: the regist
 
 from __future__ import annotations
 
-import secrets
 import time
 from pathlib import Path
 from struct import Struct
@@ -18,8 +17,6 @@ import lmdb
 from pg_ferret.errors import CommandError
 
 _MAP_BYTES: Final = 1 << 30
-# JavaScript drivers read ids as doubles: 53 bits are all that is safe.
-_ID_BITS: Final = 53
 _KEY = Struct(">Q")
 _HEAD = Struct("<dHHB")  # expiry (Unix seconds; infinity: never), lengths of namespace and user, length of session id
 _SWEEP_AT_MOST: Final = 10_000
@@ -33,11 +30,6 @@ class Cursor(NamedTuple):
     session: bytes  # the 16 bytes of the session's UUID, or empty
     expires: float  # Unix seconds; infinity for noCursorTimeout
     continuation: bytes
-
-
-def new_id() -> int:
-    """A fresh, unguessable, non-zero id."""
-    return secrets.randbits(_ID_BITS) or 1
 
 
 class Cursors:

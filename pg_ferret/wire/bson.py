@@ -35,13 +35,13 @@ _pack_int32 = _INT32.pack
 _pack_int64 = _INT64.pack
 _pack_double = _DOUBLE.pack
 
-# By type: the size of a value, or how to learn it.
-_PREFIXED, _DOCUMENT, _BINARY, _REGEX, _POINTER, _UNKNOWN = -1, -2, -3, -4, -5, -6
-_LENGTH_FIRST = (_PREFIXED, _DOCUMENT)
+# By type: the size of a value, or how to learn it.  Documents and strings begin with a length; the negative of it is
+# what must be added to that length to get from the NUL before the value to its end.
+_DOCUMENT, _STRING, _BINARY, _REGEX, _POINTER, _UNKNOWN = -1, -5, -6, -7, -8, -9
 _SIZES = [_UNKNOWN] * 256
 for _type, _size in {
     0x01: 8,
-    0x02: _PREFIXED,
+    0x02: _STRING,
     0x03: _DOCUMENT,
     0x04: _DOCUMENT,
     0x05: _BINARY,
@@ -52,8 +52,8 @@ for _type, _size in {
     0x0A: 0,
     0x0B: _REGEX,
     0x0C: _POINTER,
-    0x0D: _PREFIXED,
-    0x0E: _PREFIXED,
+    0x0D: _STRING,
+    0x0E: _STRING,
     0x0F: _DOCUMENT,
     0x10: 4,
     0x11: 8,
@@ -98,19 +98,20 @@ def scan(data: bytes, start: int, end: int) -> dict[bytes, Span]:
         while position < last:
             kind = data[position]
             name_end = find(0, position + 1, last)
-            value = name_end + 1
             size = sizes[kind]
-            if size in _LENGTH_FIRST:  # here and not in _measure: most values are of these kinds
-                after = value + read_int32(data, value)[0] + (4 if size == _PREFIXED else 0)
-                if after > last or after < value + 5 or data[after - 1]:
+            if size >= 0:
+                after = name_end + 1 + size
+            elif size >= _STRING:  # a length comes first
+                after = name_end - size + read_int32(data, name_end + 1)[0]
+                if after < name_end + 6 or data[after - 1]:
                     raise InvalidBSONError("BSON string or nested document has an invalid length")
             else:
-                after = value + (size if size >= 0 else _measure(data, kind, value, size, last))
-                if after > last:
-                    raise InvalidBSONError("BSON value runs over the end of its document")
-            fields[data[position + 1 : name_end]] = (kind, value, after)
+                after = name_end + 1 + _measure(data, kind, name_end + 1, size, last)
+            if after > last:
+                raise InvalidBSONError("BSON value runs over the end of its document")
+            fields[data[position + 1 : name_end]] = (kind, name_end + 1, after)
             position = after
-    except (ValueError, StructError):
+    except (ValueError, IndexError, StructError):
         raise InvalidBSONError("BSON document is cut short") from None
     return fields
 

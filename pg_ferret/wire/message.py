@@ -79,6 +79,7 @@ class Request:
         return span is not None and bson.read_bool(self.frame, span)
 
 
+_PLAIN: Final = b"\0\0\0\0\0"  # no flags, and a section of kind 0
 _NO_SEQUENCES: dict[bytes, memoryview] = {}
 
 
@@ -88,14 +89,20 @@ def parse(frame: bytes) -> Request:
     Raises ProtocolError when it cannot be answered, InvalidBSONError (a CommandError) when only its body is broken;
     `reply_head` then still finds what is needed to answer.
     """
-    _, request_id, _, opcode = _HEAD(frame)
     request = Request()
     request.frame = frame
-    request.request_id = request_id
     request.sequences = _NO_SEQUENCES
     request.legacy = False
     request.silent = False
-    if opcode == OP_MSG:
+    size = len(frame)
+    _, request.request_id, _, opcode = _HEAD(frame)
+    if opcode == OP_MSG and frame.startswith(_PLAIN, 16) and size > 25 and _int32(frame, 21)[0] == size - 21:
+        # Nearly every message: no flags, one body and nothing else.
+        if frame[-1]:
+            raise bson.InvalidBSONError("BSON document does not end in NUL")
+        request.start = 21
+        request.end = size
+    elif opcode == OP_MSG:
         _parse_msg(request, frame)
     elif opcode == OP_QUERY:
         _parse_query(request, frame)
@@ -128,11 +135,6 @@ def _parse_msg(request: Request, frame: bytes) -> None:
             limit -= 4
             if crc32c.crc32c(memoryview(frame)[:limit]) != _uint32(frame, limit)[0]:
                 raise ProtocolError("OP_MSG checksum does not match its contents")
-    # Nearly every message is one body and nothing else.
-    if frame[20] == 0 and _int32(frame, 21)[0] == limit - 21:
-        request.start = 21
-        request.end = bson.document_end(frame, 21, limit)
-        return
     _parse_sections(request, frame, limit)
 
 

@@ -76,11 +76,11 @@ INVALID = {
         "ProtocolError has no name",
     ),
     "body-over-the-end": (msg(b"\0" + struct.pack("<i", 900) + BODY[4:]), "InvalidBSONError invalid length"),
-    "body-not-ended": (msg(b"\0" + BODY[:-1] + b"\x01"), "InvalidBSONError invalid length"),
+    "body-not-ended": (msg(b"\0" + BODY[:-1] + b"\x01"), "InvalidBSONError does not end in NUL"),
     "body-empty": (msg(b"\0" + bson.encode({})), "InvalidBSONError empty"),
     "string-over-the-end": (
         msg(b"\0" + BODY.replace(struct.pack("<i", 6) + b"admin", struct.pack("<i", 600) + b"admin")),
-        "InvalidBSONError string or nested document has an invalid length",
+        "InvalidBSONError cut short",
     ),
     "unknown-type": (msg(b"\0" + BODY.replace(b"\x10ping", b"\x20ping")), "InvalidBSONError type 0x20"),
     "op-query-find": (query(b"db.c", bson.encode({"a": 1})), "ProtocolError no longer supported"),

@@ -52,6 +52,11 @@ class Services:
     def __init__(self) -> None:
         self.counters = Counters()
         self.troubles: list[str] = []
+        self.engine = self
+        self.abandoned = 0
+
+    def abandon(self) -> None:
+        self.abandoned += 1
 
     def trouble(self, text: str) -> None:
         self.troubles.append(text)
@@ -161,6 +166,7 @@ async def test_a_client_that_goes_away_ends_its_request(gate: asyncio.Event) -> 
     rig.connection.connection_lost(None)
     await settle()
     assert rig.gone == 1
+    assert rig.services.abandoned == 1
     assert rig.services.counters.in_flight == 0
     assert rig.transport.written == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pg_ferret.state.cursors import Cursor, Cursors, new_id
+from pg_ferret.state.cursors import Cursor, Cursors
 
 _SOON = float("inf")
 
@@ -61,12 +61,6 @@ def test_cursors_of_a_session(cursors: Cursors) -> None:
     cursors.remove([2])
     assert cursors.of_sessions([b"a" * 16, b"c" * 16]) == [1]
     assert sorted(cursors.of_sessions([b"a" * 16, b"b" * 16])) == [1, 3]
-
-
-def test_ids_are_positive_and_fit_a_double() -> None:
-    ids = {new_id() for _ in range(1000)}
-    assert len(ids) == 1000
-    assert all(0 < number < 2**53 for number in ids)
 
 
 def test_another_process_sees_them_and_a_killed_writer_harms_nobody(tmp_path: Path) -> None:
