@@ -289,10 +289,15 @@ class Cluster:
             file.write("\ninclude_if_exists = 'dev.conf'\n")
 
     def _write_settings(self) -> None:
+        library = _library_dir()
         lines = {
+            "dynamic_library_path": f"{library}:$libdir",
+            "extension_control_path": f"{library}:$system",
             "shared_preload_libraries": "pg_cron,pg_documentdb_core,pg_documentdb" + ",pg_ferret" * self.preload,
             "cron.database_name": DATABASE,
             "cron.use_background_workers": "on",
+            # Its background worker would try TCP every second, without a password.
+            "documentdb.localhost_connection_string": f"host={self.socket_dir}",
             "documentdb.defaultCursorExpiryTimeLimitSeconds": "600",
             "listen_addresses": "",
             "port": str(self.pg_port),
@@ -301,12 +306,7 @@ class Cluster:
             "log_line_prefix": "%m [%p] %b: ",
         }
         if self.preload:
-            library = _library_dir()
-            lines |= {
-                "dynamic_library_path": f"{library}:$libdir",
-                "extension_control_path": f"{library}:$system",
-                "ferretdb.listen_addr": f"127.0.0.1:{self.port}",
-            }
+            lines["ferretdb.listen_addr"] = f"127.0.0.1:{self.port}"
         lines |= self.settings
         fresh = self.data / "dev.conf.new"
         fresh.write_text("".join(f"{name} = {_quoted(value)}\n" for name, value in lines.items()))

@@ -15,6 +15,7 @@ WHOLE_COMMAND: Final = frozenset({1, 13, 24, 50, 112})
 EXTENSION_MISSING = (
     "the DocumentDB extension is not installed in PostgreSQL's database yet; see the message column of ferretdb.status"
 )
+_UNKNOWN_FIELD = ("is an unknown field", "is not a recognized field")
 # SQLSTATE -> code; None as text: the engine's message is fit for clients.
 _TABLE: dict[str, tuple[int, str | None]] = {
     "0A000": (115, None),
@@ -64,6 +65,8 @@ def translate(sqlstate: str, message: str) -> tuple[int, str]:
             code = codes.ENGINE[int(sqlstate[1:], 36)]
         except (ValueError, IndexError):
             return 1, message
+        if code == 2 and message.endswith(_UNKNOWN_FIELD):
+            return 40415, message
         if code == 2 and "larger than MaxDocumentSize" in message:
             return 10334, message  # BSONObjectTooLarge, which drivers know
         return code, message

@@ -86,11 +86,13 @@ def client(cluster: Cluster) -> Iterator[MongoClient[Document]]:
 
 
 @pytest.fixture
-def database_name(client: MongoClient[Document]) -> Iterator[str]:
+def database_name(cluster: Cluster) -> Iterator[str]:
     """A name no other test uses; the database is dropped afterwards."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     yield name
-    client.drop_database(name)
+    # By a client of its own: the test's may hold connections to workers that the test has killed.
+    with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as cleaner:
+        cleaner.drop_database(name)
 
 
 @pytest.fixture

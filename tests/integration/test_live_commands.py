@@ -1,0 +1,149 @@
+"""Commands and errors through PyMongo, as an application meets them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from bson import Int64
+from pymongo import MongoClient, UpdateOne
+from pymongo.database import Database
+from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure
+
+Document = dict[str, Any]
+
+
+def code_of(database: Database[Document], command: dict[str, Any]) -> int | None:
+    """The error code that a command is answered with."""
+    with pytest.raises(OperationFailure) as failure:
+        database.command(command)
+    return failure.value.code
+
+
+def test_documents_are_written_changed_counted_and_deleted(database: Database[Document]) -> None:
+    things = database.things
+    assert things.insert_many([{"_id": number, "n": number % 3} for number in range(9)]).inserted_ids == list(range(9))
+    assert things.update_one({"_id": 1}, {"$set": {"n": 7}}).modified_count == 1
+    assert things.update_many({"n": 0}, {"$inc": {"n": 10}}).modified_count == 3
+    assert things.replace_one({"_id": 100}, {"n": 100}, upsert=True).upserted_id == 100
+    assert things.find_one_and_update({"_id": 2}, {"$set": {"n": 20}}) == {"_id": 2, "n": 2}
+    assert things.find_one_and_delete({"_id": 2}) == {"_id": 2, "n": 20}
+    assert things.delete_many({"n": 10}).deleted_count == 3
+    assert things.count_documents({}) == things.estimated_document_count() == 6
+    assert sorted(things.distinct("n")) == [1, 2, 7, 100]
+    done = things.bulk_write([UpdateOne({"_id": 4}, {"$set": {"x": 1}}), UpdateOne({"_id": 7}, {"$set": {"x": 1}})])
+    assert done.modified_count == 2
+
+
+def test_a_pipeline_groups_and_sorts(database: Database[Document]) -> None:
+    database.sales.insert_many([{"item": "ab"[number % 2], "amount": number} for number in range(10)])
+    pipeline: list[Document] = [{"$group": {"_id": "$item", "sum": {"$sum": "$amount"}}}, {"$sort": {"_id": 1}}]
+    assert list(database.sales.aggregate(pipeline, batchSize=1)) == [{"_id": "a", "sum": 20}, {"_id": "b", "sum": 25}]
+
+
+def test_indexes_are_built_at_once(database: Database[Document]) -> None:
+    database.c.insert_many([{"a": number, "b": 1} for number in range(100)])
+    started = time.monotonic()
+    assert database.c.create_index("a", unique=True) == "a_1"
+    assert time.monotonic() - started < 2
+    assert database.c.index_information()["a_1"] == {"v": 2, "key": [("a", 1)], "unique": True}
+    with pytest.raises(OperationFailure) as failure:
+        database.c.create_index("b", unique=True)
+    assert failure.value.code == 11000
+    database.c.drop_index("a_1")
+    assert list(database.c.index_information()) == ["_id_"]
+    assert code_of(database, {"dropIndexes": "c", "index": "nothing_1"}) == 27
+
+
+def test_collections_and_views(client: MongoClient[Document], database: Database[Document]) -> None:
+    database.create_collection("c")
+    database.c.insert_many([{"a": 1}, {"a": 2}])
+    database.create_collection("v", viewOn="c", pipeline=[{"$match": {"a": 2}}])
+    assert database.v.count_documents({}) == 1
+    assert sorted(database.list_collection_names()) == ["c", "v"]
+    assert database.command("collMod", "c")["ok"] == 1.0
+    assert database.name in client.list_database_names()
+    assert database.command("collStats", "c")["count"] == 2
+    assert database.command("dbStats")["collections"] == 1
+    assert database.command("dataSize", f"{database.name}.c")["numObjects"] == 2
+    assert database.command("validate", "c")["valid"] is True
+    database.c.rename("d")
+    assert database.d.count_documents({}) == 2
+    assert database.command("drop", "d") == {"nIndexesWas": 1, "ns": f"{database.name}.d", "ok": 1.0}
+    assert database.command("drop", "d") == {"ok": 1.0}
+    assert database.command("dropDatabase") == {"dropped": database.name, "ok": 1.0}
+
+
+def test_the_server_describes_itself(client: MongoClient[Document]) -> None:
+    hello = client.admin.command("hello")
+    assert (hello["isWritablePrimary"], hello["maxWriteBatchSize"], hello["readOnly"]) == (True, 25_000, False)
+    commands = client.admin.command("listCommands")["commands"]
+    for name in ("buildInfo", "whatsmyuri", "connectionStatus", "hostInfo", "getCmdLineOpts", "serverStatus"):
+        assert name in commands
+        assert client.admin.command(name)["ok"] == 1.0
+    assert client.admin.command({"getParameter": 1, "featureCompatibilityVersion": 1})["ok"] == 1.0
+    assert client.admin.command({"getLog": "*"})["names"] == ["global", "startupWarnings"]
+    assert client.admin.command("serverStatus")["connections"]["current"] >= 1
+
+
+def test_sessions(client: MongoClient[Document], database: Database[Document]) -> None:
+    assert database.command("startSession")["timeoutMinutes"] == 30
+    with client.start_session() as session:
+        database.c.insert_many([{} for _ in range(10)], session=session)
+        page = database.command({"find": "c", "batchSize": 2}, session=session)
+        assert session.session_id is not None
+        assert database.command({"refreshSessions": [session.session_id]})["ok"] == 1.0
+        assert database.command({"endSessions": [session.session_id]})["ok"] == 1.0
+    assert code_of(database, {"getMore": Int64(page["cursor"]["id"]), "collection": "c"}) == 43
+
+
+def test_refusals(client: MongoClient[Document], database: Database[Document]) -> None:
+    assert code_of(database, {"nonsense": 1}) == 59
+    assert code_of(database, {"explain": {"find": "c"}}) == 238
+    assert code_of(database, {"find": "c", "unknownField": 1}) == 40415
+    assert code_of(database, {"find": "c", "tailable": True}) == 2
+    assert code_of(database, {"listDatabases": 1}) == 13
+    with client.start_session() as session, pytest.raises(OperationFailure) as failure, session.start_transaction():
+        database.c.insert_one({"_id": 1}, session=session)
+    assert failure.value.code == 20
+    assert database.c.count_documents({}) == 0
+
+
+def test_duplicate_keys_are_told_as_mongodb_tells_them(database: Database[Document]) -> None:
+    database.c.create_index([("a.b", 1)], unique=True)
+    database.c.insert_one({"_id": 1, "a": {"b": "x"}})
+    with pytest.raises(DuplicateKeyError) as by_id:
+        database.c.insert_one({"_id": 1})
+    assert by_id.value.details is not None
+    assert (by_id.value.details["keyPattern"], by_id.value.details["keyValue"]) == ({"_id": 1}, {"_id": 1})
+    with pytest.raises(DuplicateKeyError) as by_index:
+        database.c.insert_one({"_id": 2, "a": {"b": "x"}})
+    assert by_index.value.details is not None
+    assert by_index.value.details["keyValue"] == {"a.b": "x"}
+    expected = f'E11000 duplicate key error collection: {database.name}.c index: a.b_1 dup key: {{ a.b: "x" }}'
+    assert by_index.value.details["errmsg"] == expected
+    with pytest.raises(DuplicateKeyError) as modified:
+        database.c.find_one_and_update({"_id": 3}, {"$set": {"a.b": "x"}}, upsert=True)
+    assert modified.value.details is not None
+    assert modified.value.details["keyPattern"] == {"a.b": 1}
+
+
+@pytest.mark.parametrize(("ordered", "stored"), [(True, 1), (False, 3)])
+def test_write_errors_name_their_statements(database: Database[Document], ordered: bool, stored: int) -> None:
+    documents: list[Document] = [{"_id": 1}, {"_id": 1}, {"_id": 2}, {"_id": 2}, {"_id": 3}]
+    with pytest.raises(BulkWriteError) as failure:
+        database.c.insert_many(documents, ordered=ordered)
+    assert [error["index"] for error in failure.value.details["writeErrors"]] == ([1] if ordered else [1, 3])
+    assert {error["code"] for error in failure.value.details["writeErrors"]} == {11000}
+    assert database.c.count_documents({}) == stored
+
+
+def test_limits(database: Database[Document]) -> None:
+    assert len(database.many.insert_many([{"_id": number} for number in range(25_001)]).inserted_ids) == 25_001
+    large = {"_id": 1, "x": "y" * (16 * 1024 * 1024 - 100)}
+    database.large.insert_one(large)
+    assert database.large.find_one() == large
+    with pytest.raises(OperationFailure) as failure:
+        database.large.insert_one({"x": "y" * (16 * 1024 * 1024)})
+    assert failure.value.code == 10334

@@ -1,0 +1,142 @@
+"""Cursors belong to no worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from bson import Int64
+from pymongo import MongoClient
+from pymongo.database import Database
+from pymongo.errors import ConnectionFailure, OperationFailure, PyMongoError
+
+from dev.cluster import Cluster, wait_for
+
+Document = dict[str, Any]
+
+
+def fill(database: Database[Document], count: int = 1000) -> None:
+    database.c.insert_many([{"_id": number, "r": number * 7919 % count} for number in range(count)])
+
+
+def workers(cluster: Cluster) -> dict[int, int]:
+    """Slot -> pid of the workers that are ready."""
+    rows = cluster.psql("select slot, pid from ferretdb.status where kind = 'worker' and state = 'ready'")
+    return {int(slot or 0): int(pid or 0) for slot, pid in rows}
+
+
+@pytest.mark.parametrize("sort", [None, [("r", 1)]])
+def test_any_worker_continues_any_cursor(cluster: Cluster, database: Database[Document], sort: Any) -> None:
+    fill(database)
+    command: Document = {"find": "c", "batchSize": 10, "noCursorTimeout": True}
+    page = database.command(command | ({"sort": {"r": 1}} if sort else {}))
+    found = [row["_id"] for row in page["cursor"]["firstBatch"]]
+    number = page["cursor"]["id"]
+    while number:
+        with MongoClient[Document](cluster.uri) as other:  # a new connection, and sooner or later another worker
+            page = other[database.name].command({"getMore": Int64(number), "collection": "c", "batchSize": 100})
+        found += [row["_id"] for row in page["cursor"]["nextBatch"]]
+        number = page["cursor"]["id"]
+    assert sorted(found) == list(range(1000))
+
+
+def test_many_threads_over_four_workers(cluster: Cluster, database: Database[Document]) -> None:
+    fill(database)
+    wrong: list[str] = []
+
+    def read(client: MongoClient[Document]) -> None:
+        rows = [row["r"] for row in client[database.name].c.find(sort=[("r", 1)], batch_size=2)]
+        if rows != list(range(1000)):
+            wrong.append(f"{len(rows)} rows")
+
+    with MongoClient[Document](cluster.uri, maxPoolSize=20) as client:
+        threads = [threading.Thread(target=read, args=(client,)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert wrong == []
+
+
+def test_workers_killed_in_the_middle_of_cursors(cluster: Cluster, database: Database[Document]) -> None:
+    """A cursor fails only with the network error of its own connection: no CursorNotFound, no duplicate, no gap."""
+    fill(database)
+    outcome: Counter[str] = Counter()
+    until = time.monotonic() + 6
+
+    def read() -> None:
+        with MongoClient[Document](cluster.uri, maxPoolSize=4) as client:
+            while time.monotonic() < until:
+                rows: list[int] = []
+                try:
+                    rows.extend(row["r"] for row in client[database.name].c.find(sort=[("r", 1)], batch_size=2))
+                    outcome["complete" if rows == list(range(1000)) else "WRONG"] += 1
+                except ConnectionFailure:
+                    outcome["cut" if rows == list(range(len(rows))) else "WRONG"] += 1
+                except PyMongoError as error:
+                    outcome[type(error).__name__ + str(error)] += 1
+
+    threads = [threading.Thread(target=read) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    choose = random.Random(1)
+    while time.monotonic() < until:
+        with contextlib.suppress(ProcessLookupError):  # the view is up to a second old
+            os.kill(choose.choice(list(wait_for(lambda: workers(cluster)).values())), signal.SIGKILL)
+        wait_for(lambda: len(workers(cluster)) == 4)
+    for thread in threads:
+        thread.join(60)
+    assert outcome["complete"] > 0
+    assert outcome["cut"] > 0
+    assert set(outcome) == {"complete", "cut"}
+
+
+def test_a_cursor_survives_the_supervisor(cluster: Cluster, database: Database[Document]) -> None:
+    fill(database)
+    page = database.command({"find": "c", "sort": {"r": 1}, "batchSize": 10})
+    ((supervisor,),) = cluster.psql("select pid from ferretdb.status where kind = 'supervisor'")
+    os.kill(int(supervisor or 0), signal.SIGKILL)
+    wait_for(lambda: len(workers(cluster)) == 4 and supervisor not in {row["pid"] for row in cluster.status()})
+    with MongoClient[Document](cluster.uri) as other:
+        command = {"getMore": Int64(page["cursor"]["id"]), "collection": "c", "batchSize": 2000}
+        rest = other[database.name].command(command)["cursor"]
+    assert [row["r"] for row in page["cursor"]["firstBatch"] + rest["nextBatch"]] == list(range(1000))
+    assert rest["id"] == 0
+
+
+def test_ownership_and_killing(database: Database[Document]) -> None:
+    fill(database, 50)
+    number = Int64(database.command({"find": "c", "sort": {"r": 1}, "batchSize": 1})["cursor"]["id"])
+    with pytest.raises(OperationFailure) as elsewhere:
+        database.command({"getMore": number, "collection": "other"})
+    assert elsewhere.value.code == 13
+    killed = database.command({"killCursors": "c", "cursors": [number, Int64(12345)]})
+    assert killed["cursorsKilled"] == [number]
+    assert killed["cursorsNotFound"] == [12345]
+    with pytest.raises(OperationFailure) as gone:
+        database.command({"getMore": number, "collection": "c"})
+    assert (gone.value.code, (gone.value.details or {})["codeName"]) == (43, "CursorNotFound")
+
+
+def test_idle_cursors_expire(new_cluster: Callable[..., Cluster]) -> None:
+    cluster = new_cluster(**{"ferretdb.cursor_timeout": "1s"})
+    with MongoClient[Document](cluster.uri) as client:
+        fill(client.night, 50)
+        numbers = [
+            Int64(client.night.command({"find": "c", "batchSize": 1} | extra)["cursor"]["id"])
+            for extra in ({}, {"sort": {"r": 1}})
+        ]
+        assert all(numbers)
+        wait_for(lambda: client.admin.command("serverStatus")["metrics"]["cursor"]["open"]["total"] == 0)
+        for number in numbers:
+            with pytest.raises(OperationFailure) as gone:
+                client.night.command({"getMore": number, "collection": "c"})
+            assert gone.value.code == 43

@@ -1,0 +1,262 @@
+"""What a DBA may do at night: kill, stop, reload, promote."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pymongo import MongoClient
+from pymongo.errors import NotPrimaryError, PyMongoError
+
+from dev.cluster import Cluster, ClusterError, port_is_free, wait_for
+
+Document = dict[str, Any]
+NewCluster = Callable[..., Cluster]
+
+
+def tree(cluster: Cluster) -> list[int]:
+    return [int(row["pid"]) for row in cluster.status() if row["pid"]]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def serves(cluster: Cluster) -> bool:
+    try:
+        with MongoClient[Document](cluster.uri, serverSelectionTimeoutMS=500, socketTimeoutMS=2000) as client:
+            client.night.c.find_one()
+    except PyMongoError:
+        return False
+    return True
+
+
+def ready(cluster: Cluster, count: int) -> bool:
+    rows = cluster.status()
+    return [row["state"] for row in rows] == ["ready"] * (count + 1)
+
+
+def row_of(cluster: Cluster, slot: int) -> dict[str, str | None]:
+    return next(row for row in cluster.status() if row["slot"] == str(slot))
+
+
+def test_a_killed_worker_is_replaced_and_postgresql_does_not_notice(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    wait_for(lambda: ready(cluster, 2))
+    uptime = cluster.psql("select pg_postmaster_start_time()")
+    before = row_of(cluster, 1)
+    os.kill(int(before["pid"] or 0), signal.SIGKILL)
+    started = time.monotonic()
+
+    def replacement() -> dict[str, str | None]:
+        row = row_of(cluster, 1)
+        return row if row["pid"] != before["pid"] and row["state"] == "ready" else {}
+
+    after = wait_for(replacement)
+    assert time.monotonic() - started < 2
+    assert (after["restarts"], after["last_exit"], after["generation"]) == ("1", "signal KILL", "2")
+    assert serves(cluster)
+    assert cluster.psql("select pg_postmaster_start_time()") == uptime
+
+
+def test_a_stopped_worker_is_replaced(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(**{"ferretdb.worker_timeout": "1s"})
+    wait_for(lambda: ready(cluster, 2))
+    pid = row_of(cluster, 1)["pid"]
+    os.kill(int(pid or 0), signal.SIGSTOP)
+    wait_for(lambda: (row := row_of(cluster, 1))["pid"] != pid and row["state"] == "ready", deadline=15)
+    assert "ferretdb.worker_timeout" in cluster.log
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "launcher", "backend"])
+def test_the_whole_tree_comes_back(new_cluster: NewCluster, victim: str) -> None:
+    cluster = new_cluster()
+    wait_for(lambda: ready(cluster, 2))
+    old = tree(cluster)
+    if victim == "supervisor":
+        os.kill(old[0], signal.SIGKILL)
+    else:
+        condition = "backend_type = 'pg_ferret launcher'" if victim == "launcher" else "application_name = 'pg_ferret'"
+        ((pid,), *_) = cluster.psql(f"select pid from pg_stat_activity where {condition}")
+        os.kill(int(pid or 0), signal.SIGKILL)
+    wait_for(lambda: not any(map(lives, old)))
+    wait_for(lambda: serves(cluster))
+
+
+def test_a_killed_postmaster_leaves_nothing(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    wait_for(lambda: ready(cluster, 2))
+    old = tree(cluster)
+    os.kill(cluster.pid or 0, signal.SIGKILL)
+    wait_for(lambda: not any(map(lives, old)), deadline=2)
+    assert port_is_free(cluster.port)
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_stop_leaves_nothing(new_cluster: NewCluster, mode: str) -> None:
+    cluster = new_cluster()
+    wait_for(lambda: ready(cluster, 2))
+    old = tree(cluster)
+    with MongoClient[Document](cluster.uri) as client:
+        client.night.c.insert_one({})
+        cluster.stop(mode)
+    wait_for(lambda: not any(map(lives, old)), deadline=2)
+    assert port_is_free(cluster.port)
+    cluster.start()
+    assert wait_for(lambda: serves(cluster))
+
+
+def test_settings_are_live(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    wait_for(lambda: ready(cluster, 2))
+    with MongoClient[Document](cluster.uri, retryReads=False) as client:
+        client.night.c.insert_one({"_id": 1})
+        held = socket.create_connection(("127.0.0.1", cluster.port))
+        cluster.configure(ferretdb__workers="4")
+        wait_for(lambda: ready(cluster, 4))
+        assert client.night.c.find_one() == {"_id": 1}
+        old, cluster.port = cluster.port, cluster.port + 1
+        path = cluster.socket_dir / "mongodb.sock"
+        cluster.configure(ferretdb__listen_unix=str(path), ferretdb__log_level="debug")
+        wait_for(lambda: serves(cluster))
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert client.night.c.find_one() == {"_id": 1}  # through the connection to the closed address
+        held.close()
+        wait_for(lambda: port_is_free(old))
+        cluster.configure(ferretdb__enabled="off")
+        wait_for(lambda: port_is_free(cluster.port) and len(cluster.status()) == 1, deadline=15)
+        cluster.configure(ferretdb__enabled="on")
+        wait_for(lambda: ready(cluster, 4) and serves(cluster))
+
+
+def test_bad_values_are_told_and_change_nothing(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    wait_for(lambda: ready(cluster, 2))
+
+    def message() -> str:
+        return row_of(cluster, 0)["message"] or ""
+
+    cluster.configure(ferretdb__workers="many")
+    wait_for(lambda: "ferretdb.workers" in message())
+    assert serves(cluster)
+    cluster.configure(ferretdb__listen_addr="nonsense")
+    wait_for(lambda: "ferretdb.listen_addr" in message())
+    assert serves(cluster)
+    cluster.configure(ferretdb__workers="2", ferretdb__listen_addr=f"127.0.0.1:{cluster.port}, 192.0.2.1:27017")
+    wait_for(lambda: "ferretdb.listen_addr" in message() and "192.0.2.1" in message())
+    assert serves(cluster)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cluster.configure(ferretdb__listen_addr=f"127.0.0.1:{cluster.port}, 127.0.0.1:{port}")
+        wait_for(lambda: f"127.0.0.1:{port}: Address already in use" in message())
+        assert serves(cluster)
+    wait_for(lambda: "in use" not in message(), deadline=15)
+    cluster.configure(ferretdb__python="/nowhere/python3")
+    os.kill(tree(cluster)[0], signal.SIGKILL)
+    wait_for(lambda: "/nowhere/python3" in message())
+    cluster.configure(ferretdb__python="/usr/bin/python3")
+    wait_for(lambda: serves(cluster))
+
+
+def test_without_preload_there_is_a_hint(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(preload=False)
+    with pytest.raises(ClusterError, match="shared_preload_libraries"):
+        cluster.psql("load 'pg_ferret'")
+    assert cluster.psql("select 1") == [("1",)]
+
+
+def test_a_standby_reads_and_a_promoted_one_writes(
+    new_cluster: NewCluster, new_standby: Callable[[Cluster], Cluster]
+) -> None:
+    primary = new_cluster()
+    with MongoClient[Document](primary.uri) as client:
+        client.night.c.insert_many([{"_id": number} for number in range(300)])
+    standby = new_standby(primary)
+    wait_for(lambda: ready(standby, 2))
+    with MongoClient[Document](standby.uri) as client:
+        assert client.admin.command("hello")["readOnly"] is True
+        wait_for(lambda: client.night.c.count_documents({}) == 300)
+        with pytest.raises(NotPrimaryError) as failure:
+            client.night.c.insert_one({})
+        assert isinstance(failure.value.details, dict)
+        assert failure.value.details["code"] == 10107
+        standby.promote()
+
+        def writes() -> bool:
+            try:
+                return client.night.c.insert_one({}).acknowledged
+            except PyMongoError:
+                return False
+
+        wait_for(writes, deadline=5)
+
+
+def test_a_thousand_connections_are_shared_evenly(cluster: Cluster) -> None:
+    wait_for(lambda: ready(cluster, 4))
+    connections = [socket.create_connection(("127.0.0.1", cluster.port)) for _ in range(1000)]
+    try:
+
+        def connected() -> list[int]:
+            found = [int(row["connections"] or 0) for row in cluster.status()[1:]]
+            return found if sum(found) >= 1000 else []
+
+        counts = wait_for(connected)
+        assert max(counts) <= 1.25 * sum(counts) / len(counts)
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_every_column_of_the_status_view_has_a_value(cluster: Cluster) -> None:
+    with MongoClient[Document](cluster.uri) as client:
+        client.night.c.find_one()
+
+        def used() -> list[dict[str, str | None]]:
+            found = cluster.status()
+            return found if any(int(row["requests"] or 0) for row in found) else []
+
+        rows = wait_for(used)
+    filled = {name for row in rows for name, value in row.items() if value is not None}
+    assert filled >= set(rows[0]) - {"last_exit"}
+
+
+def test_a_restart_installs_nothing_again(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    assert cluster.log.count("CREATE EXTENSION pg_ferret") == 1
+    cluster.restart()
+    wait_for(lambda: serves(cluster))
+    assert cluster.log.count("CREATE EXTENSION pg_ferret") == 1
+
+
+def test_a_dump_restores(new_cluster: NewCluster) -> None:
+    """The extension is in the dump once; DocumentDB's own rows are the business of mongodump."""
+    cluster = new_cluster()
+    dump = cluster.psql_command([])[0].replace("/psql", "/pg_dump")
+    text = subprocess.run(
+        [
+            dump,
+            "-h",
+            str(cluster.socket_dir),
+            "-p",
+            str(cluster.pg_port),
+            "-U",
+            "postgres",
+            "--schema-only",
+            "postgres",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert text.count("CREATE EXTENSION IF NOT EXISTS pg_ferret") == 1
+    assert "ferretdb.status" not in text.replace("EXTENSION pg_ferret", "")
