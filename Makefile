@@ -7,12 +7,12 @@ ARGS ?=
 
 override RUN_DIR := $(abspath $(RUN_DIR))
 export RUN_DIR
-PYTHON_CODE := pg_ferret supervisor config dev tests
+PYTHON_CODE := pg_ferret supervisor config dev tests bench
 INSTANCE := dev/enter python3 -m dev.instance
 TESTS := dev/enter --private --finish --as postgres python3 -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run start stop uri psql build test unit integration lint fmt generate clean
+.PHONY: help run start stop uri psql build test unit integration bench lint fmt generate clean
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -47,6 +47,12 @@ unit: build ## unit tests; ARGS= goes to pytest
 
 integration: build ## tests against a real server; ARGS= goes to pytest
 	@$(TESTS) tests/integration $(ARGS)
+
+bench: override RUN_DIR := $(RUN_DIR)/bench
+bench: build ## measure beside FerretDB and write docs/performance.*; QUICK=1: a minute, prints only
+	@bench/build '$(RUN_DIR)/bin'
+	@dev/enter --private python3 -m bench --bin /instance/bin --out /instance/result.json $(if $(QUICK),--quick)
+	@dev/enter --write --as owner python3 -m bench.report /instance/result.json $(if $(QUICK),,docs)
 
 lint: ## ruff, mypy, and that generated files are up to date
 	@dev/enter ruff check --quiet .

@@ -1,0 +1,178 @@
+"""make bench: measure all targets, interleaved, and write what came out as JSON.
+
+``python3 -m bench --bin DIR --out FILE [--quick]`` inside dev/enter. Every point is measured for one target after
+the other before the next point comes, in ``rounds`` passes, so that whatever else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench import procfs
+from bench.plan import FULL, QUICK, TITLES, Plan, Point
+from bench.targets import FerretDB, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
+from dev.cluster import Cluster, free_port
+
+_SETTINGS = {
+    "shared_buffers": "1GB",
+    "max_connections": "400",
+    "max_wal_size": "16GB",
+    "checkpoint_timeout": "1h",
+    # Its work would be booked on whoever is measured while it runs.
+    "autovacuum": "off",
+    "ferretdb.workers": "2",
+    "ferretdb.max_connections": "20000",
+}
+# pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
+_PGBENCH_CLIENTS = 64
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine() -> dict[str, str]:
+    """What this was measured on."""
+    model = "unknown CPU"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {
+        "cpu": f"{model}, {len(os.sched_getaffinity(0))} cores",
+        "memory": f"{memory:.0f} GB",
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def measure(targets: list[Target], plan: Plan) -> list[Sample]:
+    """All points, all rounds."""
+    samples: list[Sample] = []
+    for number in range(plan.rounds):
+        for index, point in enumerate(plan.points):
+            able = [target for target in targets if target.can(point)]
+            # Whoever comes first finds colder caches: take turns.
+            turn = (index + number) % len(able)
+            for target in able[turn:] + able[:turn]:
+                if target.name == Pgbench.name and point.clients > _PGBENCH_CLIENTS:
+                    continue
+                sample = target.measure(point, plan.seconds)
+                samples.append(sample)
+                say(f"{number + 1}/{plan.rounds} {_line(sample)}")
+    return samples
+
+
+def _line(sample: Sample) -> str:
+    head = f"{TITLES[sample.op]:<40.40} {sample.clients:>4} clients  {sample.target:<10}"
+    if not sample.ops:
+        return f"{head} failed: {sample.error}"
+    gateway, postgres = (cpu / sample.ops * 1e6 for cpu in (sample.gateway_cpu, sample.postgres_cpu))
+    tail = f", {sample.errors} errors: {sample.error}" if sample.errors else ""
+    return (
+        f"{head} {sample.ops / sample.seconds:>9,.0f}/s  CPU {gateway:6,.0f} + {postgres:6,.0f} us"
+        f"  p50 {sample.p50:7,.0f}  p99 {sample.p99:8,.0f} us{tail}"
+    )
+
+
+def idle_memory(target: Target, clients: int) -> dict[str, object]:
+    """PSS of a target now, and with so many more clients that do nothing."""
+    before = target.memory()
+    load = target.load(Point("idle", clients), 0)
+    error = "" if load.ready else str(load.run().get("error"))
+    after = target.memory()
+    if load.ready:
+        load.run()
+    load.close()
+    say(f"{target.name}: {before[0] / 1e6:.1f} MB, {after[0] / 1e6:.1f} MB with {clients:,} idle clients {error}")
+    return {
+        "target": target.name,
+        "clients": clients,
+        "gateway_before": before[0],
+        "gateway": after[0],
+        "postgres": after[1],
+        "error": error,
+    }
+
+
+def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
+    """Start everything, measure, stop everything."""
+    cluster = Cluster(directory, pg_port=free_port(), settings=_SETTINGS)
+    cluster.destroy()
+    # FerretDB leaves this at "localhost", where a password would be asked for; pg_ferret brings it itself.
+    cluster.settings["documentdb.localhost_connection_string"] = f"host={cluster.socket_dir}"
+    targets: list[Target] = []
+    try:
+        say("starting PostgreSQL with pg_ferret")
+        cluster.start()
+        targets.append(PgFerret(cluster, bin_dir))
+        if (bin_dir / "ferretdb").exists():
+            targets.append(FerretDB(cluster, bin_dir))
+        else:
+            say("FerretDB: skipped, it could not be built (see above)")
+        fresh = {target.name: target.memory() for target in targets}
+        launcher = procfs.pss_bytes({pg_ferret_launcher(cluster) or 0})
+        for target in targets:
+            target.setup()
+        targets.append(Pgbench(cluster, bin_dir, targets[0].database))
+        cluster.psql("vacuum analyze")
+        cluster.psql("checkpoint")
+        started = time.monotonic()
+        # Idle clients first: later the memory would be what the load before has left.
+        idle = [idle_memory(target, plan.idle) for target in targets if target.name != Pgbench.name]
+        samples = measure(targets, plan)
+        return {
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": machine(),
+            "versions": {
+                "PostgreSQL": cluster.psql("show server_version")[0][0],
+                "DocumentDB": cluster.psql("select extversion from pg_extension where extname = 'documentdb'")[0][0],
+                **{target.name: target.version() for target in targets},
+            },
+            "settings": _SETTINGS,
+            "rounds": plan.rounds,
+            "seconds": plan.seconds,
+            "took": round(time.monotonic() - started),
+            "fresh_memory": fresh,
+            "launcher_memory": launcher,
+            "loaded_memory": {target.name: target.memory() for target in targets},
+            "idle": idle,
+            "samples": [sample.as_dict() for sample in samples],
+        }
+    finally:
+        for target in targets:
+            target.stop()
+        cluster.destroy()
+
+
+def main() -> int:
+    """The command line; see the Makefile."""
+    parser = argparse.ArgumentParser(prog="python3 -m bench")
+    parser.add_argument("--bin", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        result = run(options.bin, options.out.parent / "cluster", QUICK if options.quick else FULL)
+    except subprocess.CalledProcessError as error:
+        say(f"bench: {error}")
+        return 1
+    result["command"] = "make bench QUICK=1" if options.quick else "make bench"
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

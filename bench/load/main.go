@@ -1,0 +1,209 @@
+// Command load drives one MongoDB server with one operation, closed loop, through the official Go driver.
+//
+// With -setup it loads the documents that the operations read. Otherwise it connects, prepares, prints "ready", waits
+// for a line on standard input, runs for -seconds, prints one JSON object (type result), and cleans up. Its caller takes
+// the CPU clocks of the servers when it says go and when the result comes.
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"go.mongodb.org/mongo-driver/v2/mongo"
+	"go.mongodb.org/mongo-driver/v2/mongo/options"
+)
+
+// result is what one run measured. Times are microseconds, but for Seconds.
+type result struct {
+	Ops       int     `json:"ops"`
+	Seconds   float64 `json:"seconds"`
+	P50       float64 `json:"p50"`
+	P99       float64 `json:"p99"`
+	P999      float64 `json:"p999"`
+	Max       float64 `json:"max"`
+	Errors    int     `json:"errors"`
+	Error     string  `json:"error,omitempty"`
+	DriverCPU float64 `json:"driver_cpu"` // seconds of CPU this process took
+}
+
+// client is one of the concurrent loops.
+type client struct {
+	number    int
+	random    *rand.Rand
+	zipf      *rand.Zipf
+	db        *mongo.Database
+	latencies []time.Duration
+	errors    int
+	err       error
+}
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "load:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	uri := flag.String("uri", "mongodb://127.0.0.1:27017/", "the server")
+	database := flag.String("db", "bench", "database for all collections")
+	name := flag.String("op", "find", "operation")
+	clients := flag.Int("clients", 16, "concurrent clients")
+	seconds := flag.Float64("seconds", 3, "length of the measurement")
+	setup := flag.Bool("setup", false, "load the documents instead")
+	flag.Parse()
+
+	ctx := context.Background()
+	switch *name {
+	case "idle":
+		return idle(*uri, *clients)
+	case "connect":
+		return report(connectStorm(*uri, *clients, *seconds))
+	}
+	opts := options.Client().ApplyURI(*uri).SetMaxPoolSize(uint64(*clients)).SetMaxConnecting(16).
+		SetServerSelectionTimeout(10 * time.Second)
+	connection, err := mongo.Connect(opts)
+	if err != nil {
+		return err
+	}
+	defer connection.Disconnect(ctx)
+	db := connection.Database(*database)
+	if *setup {
+		return load(ctx, db)
+	}
+	op, ok := operations[*name]
+	if !ok {
+		return fmt.Errorf("no operation %q", *name)
+	}
+	if err := report(measure(ctx, db, op, *clients, *seconds)); err != nil {
+		return err
+	}
+	if op.cleanup == nil {
+		return nil
+	}
+	return op.cleanup(ctx, db)
+}
+
+func report(r *result, err error) error {
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(r)
+}
+
+// measure runs one operation in `count` loops for the given time.
+func measure(ctx context.Context, db *mongo.Database, op operation, count int, seconds float64) (*result, error) {
+	if op.prepare != nil {
+		if err := op.prepare(ctx, db, count, seconds); err != nil {
+			return nil, fmt.Errorf("prepare: %w", err)
+		}
+	}
+	clients := make([]*client, count)
+	for i := range clients {
+		random := rand.New(rand.NewPCG(uint64(i), 2026))
+		clients[i] = &client{number: i, random: random, zipf: rand.NewZipf(random, 1.1, 8, documents-1), db: db}
+	}
+	// Every connection is opened, and every path walked once or more, before the clock starts.
+	warm := time.Now().Add(300 * time.Millisecond)
+	each(clients, func(c *client) {
+		for first := true; (first || time.Now().Before(warm)) && c.err == nil; first = false {
+			c.err = warmUp(op)(ctx, c)
+		}
+	})
+	for _, c := range clients {
+		if c.err != nil {
+			return nil, fmt.Errorf("first call: %w", c.err)
+		}
+	}
+	waitForGo()
+	before := ownCPU()
+	start := time.Now()
+	end := start.Add(time.Duration(seconds * float64(time.Second)))
+	each(clients, func(c *client) {
+		step := op.run
+		if op.other != nil && c.number == 0 {
+			step = op.other
+		}
+		for now := time.Now(); now.Before(end); {
+			err := step(ctx, c)
+			if err == errExhausted {
+				return
+			}
+			then := now
+			now = time.Now()
+			if err != nil {
+				c.errors, c.err = c.errors+1, err
+			} else if op.other == nil || c.number != 0 {
+				c.latencies = append(c.latencies, now.Sub(then))
+			}
+		}
+	})
+	r := summary(clients, time.Since(start).Seconds())
+	r.DriverCPU = ownCPU() - before
+	return r, nil
+}
+
+// warmUp is the operation itself, unless it consumes what was prepared.
+func warmUp(op operation) step {
+	if op.warm != nil {
+		return op.warm
+	}
+	return op.run
+}
+
+// each runs f for all clients at once.
+func each(clients []*client, f func(*client)) {
+	var group sync.WaitGroup
+	for _, c := range clients {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			f(c)
+		}()
+	}
+	group.Wait()
+}
+
+func summary(clients []*client, seconds float64) *result {
+	r := &result{Seconds: seconds}
+	var all []time.Duration
+	for _, c := range clients {
+		all = append(all, c.latencies...)
+		r.Errors += c.errors
+		if c.err != nil {
+			r.Error = c.err.Error()
+		}
+	}
+	slices.Sort(all)
+	r.Ops = len(all)
+	if len(all) > 0 {
+		at := func(q float64) float64 {
+			return float64(all[min(int(q*float64(len(all))), len(all)-1)].Nanoseconds()) / 1000
+		}
+		r.P50, r.P99, r.P999, r.Max = at(0.5), at(0.99), at(0.999), at(1)
+	}
+	return r
+}
+
+// waitForGo tells the caller that all is prepared, and waits for its line.
+func waitForGo() {
+	fmt.Println("ready")
+	bufio.NewReader(os.Stdin).ReadString('\n')
+}
+
+func ownCPU() float64 {
+	var usage syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &usage) != nil {
+		return 0
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano()).Seconds()
+}

@@ -1,0 +1,96 @@
+"""What is measured: operations, numbers of clients, times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What an operation of the load generator (bench/load/operations.go) is called in tables.
+TITLES = {
+    "ping": "ping",
+    "find": "find by _id",
+    "insert": "insert one",
+    "update": "update one by _id",
+    "delete": "delete one by _id",
+    "findAndModify": "findAndModify by _id",
+    "insertMany": "insertMany of 100",
+    "scan": "1,000 documents in 10 batches",
+    "sort": "sort 10,000, read 1,000 in 10 batches",
+    "group": "$group over 10,000",
+    "ycsb-a": "YCSB A (50 % reads, 50 % updates, 1 kB)",
+    "ycsb-b": "YCSB B (95 % reads)",
+    "ycsb-c": "YCSB C (reads only)",
+    "insert-1MB": "insert a document of 1 MB",
+    "find-1MB": "find a document of 1 MB",
+    "find-beside": "find by _id, one of the clients aggregates 1,000,000 rows",
+    "connect": "connect, hello, close",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell of the table: an operation and a number of clients."""
+
+    op: str
+    clients: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``rounds`` passes over ``points``, each for ``seconds`` per target; and ``idle`` clients that do nothing."""
+
+    points: tuple[Point, ...]
+    rounds: int
+    seconds: float
+    idle: int
+
+
+def _points(**clients: tuple[int, ...]) -> tuple[Point, ...]:
+    names = {name.replace("-", "_"): name for name in TITLES}
+    return tuple(Point(names[name], count) for name, counts in clients.items() for count in counts)
+
+
+QUICK = Plan(
+    points=_points(
+        ping=(16,),
+        find=(16, 64),
+        insert=(16,),
+        update=(16,),
+        delete=(16,),
+        findAndModify=(16,),
+        insertMany=(16,),
+        scan=(16,),
+        group=(16,),
+        sort=(16,),
+        ycsb_a=(16,),
+        find_1MB=(4,),
+        connect=(16,),
+    ),
+    rounds=1,
+    seconds=1.0,
+    idle=1000,
+)
+
+FULL = Plan(
+    points=_points(
+        ping=(16,),
+        find=(1, 4, 16, 64, 256),
+        insert=(1, 16, 64, 256),
+        update=(16, 64),
+        delete=(16,),
+        findAndModify=(16,),
+        insertMany=(16,),
+        scan=(16,),
+        sort=(16,),
+        group=(16,),
+        ycsb_a=(16,),
+        ycsb_b=(16,),
+        ycsb_c=(16,),
+        insert_1MB=(4,),
+        find_1MB=(4,),
+        find_beside=(64,),
+        connect=(16,),
+    ),
+    rounds=3,
+    seconds=2.0,
+    idle=10_000,
+)

@@ -1,0 +1,238 @@
+"""Turns the JSON of a run into a table and a plot.
+
+``python3 -m bench.report FILE`` prints the table; with a folder as second argument it also writes performance.json,
+performance.svg and, between its two markers, performance.md there. Figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.plan import TITLES
+
+_BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
+_COLORS = {"pg_ferret": "#2563eb", "FerretDB": "#d97706", "pgbench": "#6b7280"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The medians of one target at one point. Latencies and CPU per operation in microseconds."""
+
+    rate: float
+    p50: float
+    p99: float
+    p999: float
+    gateway: float
+    postgres: float
+    errors: int
+    error: str
+
+
+Key = tuple[str, int]
+
+
+def cells(run: dict[str, Any]) -> dict[Key, dict[str, Cell]]:
+    """Operation and clients -> target -> figures, in the order of the run."""
+    found: dict[Key, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for sample in run["samples"]:
+        found[sample["op"], sample["clients"]][sample["target"]].append(sample)
+    return {key: {target: _cell(samples) for target, samples in found[key].items()} for key in found}
+
+
+def _cell(samples: list[dict[str, Any]]) -> Cell:
+    good = [sample for sample in samples if sample["ops"]]
+    error = next((sample["error"] for sample in samples if sample["error"]), "")
+    if not good:
+        return Cell(0, 0, 0, 0, 0, 0, 0, error)
+    ops = sum(sample["ops"] for sample in good)
+    return Cell(
+        rate=statistics.median(sample["ops"] / sample["seconds"] for sample in good),
+        p50=statistics.median(sample["p50"] for sample in good),
+        p99=statistics.median(sample["p99"] for sample in good),
+        p999=statistics.median(sample["p999"] for sample in good),
+        gateway=sum(sample["gateway_cpu"] for sample in good) / ops * 1e6,
+        postgres=sum(sample["postgres_cpu"] for sample in good) / ops * 1e6,
+        errors=sum(sample["errors"] for sample in good),
+        error=error,
+    )
+
+
+def table(run: dict[str, Any]) -> str:
+    """The Markdown between the markers."""
+    versions = "; ".join(f"{name} {version}" for name, version in run["versions"].items())
+    lines = [
+        f"`{run['command']}` on {run['date']}, {run['rounds']} rounds of {run['seconds']:g} s per figure, medians.",
+        f"{run['machine']['cpu']}, {run['machine']['memory']}, {run['machine']['system']}; the load generator runs on"
+        " the same machine.",
+        f"{versions}.",
+        f"Other programs took {_others(run):.2f} cores meanwhile.",
+        "",
+        "| operation | clients | target | ops/s | p50 ms | p99 ms | p99.9 ms | CPU µs per op: gateway | PostgreSQL |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    ratios = [
+        "",
+        "pg_ferret divided by FerretDB (ops/s: more is better; the others: less is better):",
+        "",
+        "| operation | clients | ops/s | p99 | CPU of gateway | CPU of PostgreSQL |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    problems = []
+    for (op, clients), row in cells(run).items():
+        for target, cell in row.items():
+            if not cell.rate:
+                lines.append(f"| {TITLES[op]} | {clients} | {target} | failed | | | | | |")
+            else:
+                milliseconds = " | ".join(f"{value / 1000:.2f}" for value in (cell.p50, cell.p99, cell.p999))
+                gateway = f"{cell.gateway:,.1f}" if cell.gateway else "-"
+                lines.append(
+                    f"| {TITLES[op]} | {clients} | {target} | {cell.rate:,.0f} | {milliseconds}"
+                    f" | {gateway} | {cell.postgres:,.1f} |"
+                )
+            if cell.error:
+                problems.append(f"- {TITLES[op]}, {clients} clients, {target}: {cell.errors} errors, {cell.error}")
+        ours, theirs = row.get("pg_ferret"), row.get("FerretDB")
+        if ours and theirs and ours.rate and theirs.rate:
+            ratio = [ours.rate / theirs.rate, ours.p99 / theirs.p99]
+            ratio += [_quotient(ours.gateway, theirs.gateway), _quotient(ours.postgres, theirs.postgres)]
+            ratios.append(f"| {TITLES[op]} | {clients} | " + " | ".join(f"{value:.2f}" for value in ratio) + " |")
+    return "\n".join(lines + ratios + _memory(run) + (["", "Errors:", "", *problems] if problems else [])) + "\n"
+
+
+def _others(run: dict[str, Any]) -> float:
+    seconds = sum(sample["seconds"] for sample in run["samples"])
+    return float(sum(sample["other_cpu"] for sample in run["samples"]) / seconds) if seconds else 0.0
+
+
+def _quotient(ours: float, theirs: float) -> float:
+    return ours / theirs if theirs else float("nan")
+
+
+def _memory(run: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "Memory (PSS of the gateway; for pg_ferret the supervisor and all workers):",
+        "",
+        "| target | just started | with idle clients | kB for each of them | after all of the above |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for idle in run["idle"]:
+        name = idle["target"]
+        fresh, loaded = run["fresh_memory"][name][0], run["loaded_memory"][name][0]
+        each = (idle["gateway"] - idle["gateway_before"]) / idle["clients"] / 1000
+        count = f"{idle['gateway'] / 1e6:.0f} MB with {idle['clients']:,}" if not idle["error"] else idle["error"]
+        lines.append(f"| {name} | {fresh / 1e6:.0f} MB | {count} | {each:.1f} | {loaded / 1e6:.0f} MB |")
+    return lines
+
+
+def plot(run: dict[str, Any]) -> str:
+    """An SVG: ops/s over clients for find and insert, and the gateway's CPU per operation."""
+    found = cells(run)
+    parts = [_curve(found, "find", 0), _curve(found, "insert", 1), _bars(found)]
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 620" font-family="sans-serif" font-size="12">'
+        '<rect width="900" height="620" fill="white"/>' + "".join(parts) + _legend() + "</svg>\n"
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", **more: str) -> str:
+    attributes = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;")
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"{attributes}>{escaped}</text>'
+
+
+def _legend() -> str:
+    return "".join(
+        f'<rect x="{300 + 110 * i}" y="8" width="12" height="12" fill="{color}"/>'
+        + _text(317 + 110 * i, 18, name, "start")
+        for i, (name, color) in enumerate(_COLORS.items())
+    )
+
+
+def _curve(found: dict[Key, dict[str, Cell]], op: str, column: int) -> str:
+    counts = [clients for name, clients in found if name == op]
+    rows = {clients: found[op, clients] for clients in counts}
+    top = max((cell.rate for row in rows.values() for cell in row.values()), default=0) * 1.1 or 1
+    left, width, base, height = 60 + 440 * column, 360, 280, 210
+    xs = {clients: left + width * (i + 0.5) / len(counts) for i, clients in enumerate(counts)}
+    parts = [_text(left + width / 2, 50, f"{TITLES[op]}: operations per second over clients", font_weight="bold")]
+    for step in range(5):
+        y = base - height * step / 4
+        parts.append(f'<path d="M{left} {y:.0f}h{width}" stroke="#e5e7eb"/>')
+        parts.append(_text(left - 6, y + 4, f"{top * step / 4 / 1000:.1f} k", "end"))
+    parts += [_text(x, base + 18, str(clients)) for clients, x in xs.items()]
+    for target, color in _COLORS.items():
+        dots = [(xs[clients], base - height * row[target].rate / top) for clients, row in rows.items() if target in row]
+        line = " ".join(f"{x:.0f},{y:.0f}" for x, y in dots)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{color}"/>' for x, y in dots]
+    return "".join(parts)
+
+
+def _bars(found: dict[Key, dict[str, Cell]]) -> str:
+    """pg_ferret's CPU per operation in percent of FerretDB's, one bar each, at 16 clients."""
+    shown = [
+        (op, row["pg_ferret"].gateway / row["FerretDB"].gateway)
+        for (op, clients), row in found.items()
+        if clients == 16 and {"pg_ferret", "FerretDB"} <= row.keys() and row["FerretDB"].gateway
+    ]
+    left, width, base, height = 60, 800, 560, 190
+    title = "CPU of pg_ferret per operation, FerretDB = 100 % (16 clients)"
+    parts = [_text(left + width / 2, 345, title, font_weight="bold")]
+    for percent in (0, 50, 100):
+        y, color = base - height * percent / 110, _COLORS["FerretDB"] if percent == 100 else "#e5e7eb"
+        parts.append(f'<path d="M{left} {y:.0f}h{width}" stroke="{color}"/>')
+        parts.append(_text(left - 6, y + 4, f"{percent} %", "end"))
+    for i, (op, ratio) in enumerate(shown):
+        x, y = left + width * (i + 0.5) / len(shown), base - height * min(ratio, 1.1) / 1.1
+        parts.append(
+            f'<rect x="{x - 18:.0f}" y="{y:.0f}" width="36" height="{base - y:.0f}" fill="{_COLORS["pg_ferret"]}"/>'
+        )
+        parts.append(_text(x, y - 5, f"{ratio:.0%}"))
+        parts.append(_text(x, base + 18 + 16 * (i % 2), op))
+    return "".join(parts)
+
+
+_PAGE = f"""# Performance
+
+`make bench` measures pg_ferret, FerretDB and, as the limit, pgbench calling DocumentDB's function directly, all on one
+PostgreSQL, one after the other at every point, in several rounds. `make bench QUICK=1` takes about a minute and prints
+the table only. All figures: [performance.json](performance.json).
+
+![operations per second over clients, and CPU per operation](performance.svg)
+
+{_BEGIN}
+{_END}
+"""
+
+
+def write(source: Path, folder: Path) -> None:
+    """Bring the page, the plot and the figures in ``folder`` up to date."""
+    run = json.loads(source.read_text())
+    page = folder / "performance.md"
+    text = page.read_text() if page.exists() else _PAGE
+    before, found, rest = text.partition(_BEGIN)
+    if not found:
+        raise SystemExit(f"bench: {page} has no line {_BEGIN}")
+    page.write_text(f"{before}{_BEGIN}\n{table(run)}{_END}{rest.partition(_END)[2]}")
+    (folder / "performance.svg").write_text(plot(run))
+    shutil.copyfile(source, folder / "performance.json")
+
+
+def main() -> None:
+    """The command line; see the Makefile."""
+    source = Path(sys.argv[1])
+    print(table(json.loads(source.read_text())))
+    if len(sys.argv) > 2:
+        write(source, Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The servers that are measured: gateways with processes of their own, in front of one PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from bench import procfs
+from bench.plan import Point
+from dev.cluster import PG_BIN, SERVER_USER, Cluster, answers_hello, free_port, server_user, wait_for
+
+
+@dataclass
+class Sample:
+    """One measurement. Latencies in microseconds, CPU in seconds, ``error`` empty if all went well."""
+
+    target: str
+    op: str
+    clients: int
+    ops: int = 0
+    seconds: float = 0.0
+    p50: float = 0.0
+    p99: float = 0.0
+    p999: float = 0.0
+    max: float = 0.0
+    errors: int = 0
+    error: str = ""
+    driver_cpu: float = 0.0
+    gateway_cpu: float = 0.0
+    postgres_cpu: float = 0.0
+    other_cpu: float = 0.0  # of everything that has nothing to do with the measurement
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Load:
+    """A load generator that has prepared everything and waits for ``go``."""
+
+    def __init__(self, program: Path, uri: str, database: str, point: Point, seconds: float) -> None:
+        arguments = ["-uri", uri, "-db", database, "-op", point.op, "-clients", str(point.clients)]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
+        self._process = subprocess.Popen(
+            [program, *arguments, "-seconds", str(seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.ready = _pipe(self._process.stdout).readline() == "ready\n"
+
+    def run(self) -> dict[str, object]:
+        """Say go, wait for the result, or for {"error": …}."""
+        line = ""
+        if self.ready:
+            stdin = _pipe(self._process.stdin)
+            stdin.write("go\n")
+            stdin.flush()
+            line = _pipe(self._process.stdout).readline()
+        if line:
+            result: dict[str, object] = json.loads(line)
+            return result
+        self._process.communicate()
+        self._errors.seek(0)
+        return {"error": self._errors.read().strip() or f"exit status {self._process.returncode}"}
+
+    def close(self) -> None:
+        """Wait until it has removed what it made."""
+        self._process.communicate()
+        self._errors.close()
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+class Target:
+    """A gateway on ``uri`` in front of ``cluster``, with a database of its own."""
+
+    name: str
+    uri: str
+
+    def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
+        self.cluster = cluster
+        self.bin_dir = bin_dir
+
+    @property
+    def database(self) -> str:
+        """The MongoDB database that this target reads and writes."""
+        return f"bench_{self.name}".lower()
+
+    def gateway(self) -> set[int]:
+        """Process ids of the gateway."""
+        raise NotImplementedError
+
+    def postgres(self) -> set[int]:
+        """Process ids of PostgreSQL: the postmaster and all below, but for pg_ferret's Python."""
+        pid = self.cluster.pid
+        assert pid is not None
+        launcher = pg_ferret_launcher(self.cluster)
+        return procfs.tree(pid) - (procfs.tree(launcher) - {launcher} if launcher else set())
+
+    def can(self, point: Point) -> bool:
+        """Whether this target knows the operation."""
+        return True
+
+    def setup(self) -> None:
+        """Load the documents. CalledProcessError if that fails."""
+        command: list[str | Path] = [self.bin_dir / "load", "-setup", "-uri", self.uri, "-db", self.database]
+        subprocess.run(command, check=True)
+
+    def load(self, point: Point, seconds: float) -> Load:
+        """Start the load generator; it waits for ``run``."""
+        return Load(self.bin_dir / "load", self.uri, self.database, point, seconds)
+
+    def measure(self, point: Point, seconds: float) -> Sample:
+        """One run of one operation."""
+        load = self.load(point, seconds)
+        before = self._cpu()
+        result = load.run()
+        after = self._cpu()
+        load.close()
+        sample = Sample(self.name, point.op, point.clients, **result)  # type: ignore[arg-type]
+        sample.gateway_cpu, sample.postgres_cpu, busy = (a - b for a, b in zip(after, before, strict=True))
+        sample.other_cpu = max(0.0, busy - sample.gateway_cpu - sample.postgres_cpu - sample.driver_cpu)
+        return sample
+
+    def memory(self) -> tuple[int, int]:
+        """PSS of the gateway and of PostgreSQL, in bytes."""
+        return procfs.pss_bytes(self.gateway()), procfs.pss_bytes(self.postgres())
+
+    def version(self) -> str:
+        """What exactly is measured."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End what start began."""
+
+    def _cpu(self) -> tuple[float, float, float]:
+        gateway, postgres = self.gateway(), self.postgres()
+        return procfs.cpu_seconds(gateway), procfs.cpu_seconds(postgres), procfs.busy_seconds()
+
+
+def pg_ferret_launcher(cluster: Cluster) -> int | None:
+    """The background worker whose child is the supervisor."""
+    below = procfs.children()
+    for child in below.get(cluster.pid or 0, []):
+        if any("-m supervisor" in procfs.command_line(pid) for pid in below.get(child, [])):
+            return child
+    return None
+
+
+class PgFerret(Target):
+    """pg_ferret: supervisor and workers are the gateway; the launcher is a small part of PostgreSQL."""
+
+    name = "pg_ferret"
+
+    def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
+        super().__init__(cluster, bin_dir)
+        self.uri = cluster.uri
+
+    def gateway(self) -> set[int]:
+        launcher = pg_ferret_launcher(self.cluster)
+        return procfs.tree(launcher) - {launcher} if launcher else set()
+
+    def version(self) -> str:
+        python = subprocess.run(["/usr/bin/python3", "--version"], capture_output=True, text=True, check=True)
+        return f"{self.cluster.psql('show ferretdb.workers')[0][0]} workers, {python.stdout.strip()}"
+
+
+class FerretDB(Target):
+    """FerretDB (Go), without authentication, on PostgreSQL's Unix socket as pg_ferret is."""
+
+    name = "FerretDB"
+
+    def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
+        super().__init__(cluster, bin_dir)
+        port = free_port()
+        self.uri = f"mongodb://127.0.0.1:{port}/"
+        self._directory = tempfile.TemporaryDirectory(prefix="bench-ferretdb-")
+        user, group, groups = server_user()
+        if user is not None and group is not None:
+            os.chown(self._directory.name, user, group)
+        postgres = f"postgres://{SERVER_USER}@/postgres?host={cluster.socket_dir}&port={cluster.pg_port}"
+        with (cluster.directory / "ferretdb.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    self.bin_dir / "ferretdb",
+                    "--no-auth",
+                    "--telemetry=disable",
+                    "--debug-addr=-",
+                    "--log-level=ERROR",
+                    f"--listen-addr=127.0.0.1:{port}",
+                    f"--state-dir={self._directory.name}",
+                    f"--postgresql-url={postgres}",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                user=user,
+                group=group,
+                extra_groups=groups,
+                env={"HOME": self._directory.name},
+            )
+        wait_for(lambda: answers_hello(port), 20, "hello from FerretDB")
+
+    def gateway(self) -> set[int]:
+        return {self._process.pid}
+
+    def version(self) -> str:
+        output = subprocess.run([self.bin_dir / "ferretdb", "--version"], capture_output=True, text=True, check=True)
+        words = dict(line.split(":", 1) for line in output.stdout.splitlines() if ":" in line)
+        return words.get("version", output.stdout.split("\n", 1)[0]).strip()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._directory.cleanup()
+
+
+class Pgbench(Target):
+    """No gateway at all: pgbench calls the function that a find by _id ends in. The limit."""
+
+    name = "pgbench"
+
+    def __init__(self, cluster: Cluster, bin_dir: Path, documents_of: str) -> None:
+        super().__init__(cluster, bin_dir)
+        self._directory = tempfile.TemporaryDirectory(prefix="bench-pgbench-")
+        self._script = Path(self._directory.name) / "find.sql"
+        # A blank before true: pgbench would take ":true" for a variable.
+        command = """{"find":"docs","filter":{"_id":{"$numberInt":"' || :id || '"}},"limit": 1,"singleBatch": true}"""
+        self._script.write_text(
+            "\\set id random(0, 9999)\n"
+            "SELECT * FROM documentdb_api.find_cursor_first_page("
+            f"'{documents_of}', ('{command}')::documentdb_core.bson);\n"
+        )
+
+    def can(self, point: Point) -> bool:
+        return point.op == "find"
+
+    def gateway(self) -> set[int]:
+        return set()
+
+    def setup(self) -> None:
+        """It reads what another target has loaded."""
+
+    def measure(self, point: Point, seconds: float) -> Sample:
+        sample = Sample(self.name, point.op, point.clients)
+        log = Path(self._directory.name) / "log"
+        # pgbench counts whole seconds.
+        command: list[str | Path] = [PG_BIN / "pgbench", "-n", "-M", "prepared", "-f", self._script]
+        # It takes whole seconds only.
+        command += ["-T", str(max(1, round(seconds))), "-l", f"--log-prefix={log}"]
+        command += ["-c", str(point.clients), "-j", str(min(point.clients, 2))]
+        command += ["-h", self.cluster.socket_dir, "-p", str(self.cluster.pg_port), "-U", SERVER_USER, "postgres"]
+        before = procfs.cpu_seconds(self.postgres())
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        sample.postgres_cpu = procfs.cpu_seconds(self.postgres()) - before
+        if done.returncode:
+            sample.error = next(line for line in done.stderr.splitlines() if "error" in line)
+            return sample
+        times: list[float] = []
+        for file in Path(self._directory.name).glob("log.*"):
+            times += [float(line.split(" ", 3)[2]) for line in file.read_text().splitlines()]
+            file.unlink()
+        times.sort()
+        (rate,) = (line.split()[2] for line in done.stdout.splitlines() if line.startswith("tps"))
+        sample.ops, sample.seconds = len(times), len(times) / float(rate)
+        sample.p50, sample.p99, sample.p999 = (times[int(q * len(times))] for q in (0.5, 0.99, 0.999))
+        sample.max = times[-1]
+        return sample
+
+    def version(self) -> str:
+        return "prepared statements, 2 threads"
+
+    def stop(self) -> None:
+        self._directory.cleanup()
