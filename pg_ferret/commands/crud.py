@@ -15,6 +15,10 @@ from pg_ferret.state.cursors import Cursor
 from pg_ferret.wire.message import Request
 
 _FOR_EVER = float("inf")
+# A findAndModify that found its document and changed nothing: the engine says that it found none.
+_FOUND_NOTHING = b"\x10n\0\0\0\0\0\x08updatedExisting\0\0\0\x03value\0"
+_FOUND_ONE = b"\x10n\0\1\0\0\0\x08updatedExisting\0\1\0\x03value\0"
+_HEAD_BYTES = 100
 
 
 def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes:
@@ -100,4 +104,6 @@ async def find_and_modify(request: Request, client: Client) -> bytes:
     except EngineError as error:
         raise await write_errors.explained(error, request, client) from None
     assert reply is not None
+    if reply.find(_FOUND_NOTHING, 0, _HEAD_BYTES) >= 0:
+        return reply.replace(_FOUND_NOTHING, _FOUND_ONE, 1)
     return reply

@@ -29,6 +29,8 @@ def test_documents_are_written_changed_counted_and_deleted(database: Database[Do
     assert things.replace_one({"_id": 100}, {"n": 100}, upsert=True).upserted_id == 100
     assert things.find_one_and_update({"_id": 2}, {"$set": {"n": 20}}) == {"_id": 2, "n": 2}
     assert things.find_one_and_delete({"_id": 2}) == {"_id": 2, "n": 20}
+    nothing_new = database.command({"findAndModify": "things", "query": {"_id": 1}, "update": {"$set": {"n": 7}}})
+    assert nothing_new["lastErrorObject"] == {"n": 1, "updatedExisting": True}
     assert things.delete_many({"n": 10}).deleted_count == 3
     assert things.count_documents({}) == things.estimated_document_count() == 6
     assert sorted(things.distinct("n")) == [1, 2, 7, 100]
