@@ -19,6 +19,7 @@ from pymongo.database import Database
 from pymongo.errors import ConnectionFailure, OperationFailure, PyMongoError
 
 from dev.cluster import Cluster, wait_for
+from tests.integration.conftest import CLIENT_OPTIONS
 
 Document = dict[str, Any]
 
@@ -41,7 +42,9 @@ def test_any_worker_continues_any_cursor(cluster: Cluster, database: Database[Do
     found = [row["_id"] for row in page["cursor"]["firstBatch"]]
     number = page["cursor"]["id"]
     while number:
-        with MongoClient[Document](cluster.uri) as other:  # a new connection, and sooner or later another worker
+        with MongoClient[Document](
+            cluster.uri, **CLIENT_OPTIONS
+        ) as other:  # a new connection, and sooner or later another worker
             page = other[database.name].command({"getMore": Int64(number), "collection": "c", "batchSize": 100})
         found += [row["_id"] for row in page["cursor"]["nextBatch"]]
         number = page["cursor"]["id"]
@@ -57,27 +60,31 @@ def test_many_threads_over_four_workers(cluster: Cluster, database: Database[Doc
         if rows != list(range(1000)):
             wrong.append(f"{len(rows)} rows")
 
-    with MongoClient[Document](cluster.uri, maxPoolSize=20) as client:
+    with MongoClient[Document](cluster.uri, maxPoolSize=20, **CLIENT_OPTIONS) as client:
         threads = [threading.Thread(target=read, args=(client,)) for _ in range(20)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
+            assert not thread.is_alive()
     assert wrong == []
 
 
-def test_workers_killed_in_the_middle_of_cursors(cluster: Cluster, database: Database[Document]) -> None:
+@pytest.mark.parametrize("sort", [True, False], ids=["file", "streaming"])
+def test_workers_killed_in_the_middle_of_cursors(cluster: Cluster, database: Database[Document], sort: bool) -> None:
     """A cursor fails only with the network error of its own connection: no CursorNotFound, no duplicate, no gap."""
     fill(database)
+    order: Any = [("r", 1)] if sort else None
     outcome: Counter[str] = Counter()
     until = time.monotonic() + 6
 
     def read() -> None:
-        with MongoClient[Document](cluster.uri, maxPoolSize=4) as client:
+        with MongoClient[Document](cluster.uri, maxPoolSize=4, **CLIENT_OPTIONS) as client:
             while time.monotonic() < until:
                 rows: list[int] = []
                 try:
-                    rows.extend(row["r"] for row in client[database.name].c.find(sort=[("r", 1)], batch_size=2))
+                    found = client[database.name].c.find(sort=order, batch_size=2)
+                    rows.extend(row["r" if sort else "_id"] for row in found)
                     outcome["complete" if rows == list(range(1000)) else "WRONG"] += 1
                 except ConnectionFailure:
                     outcome["cut" if rows == list(range(len(rows))) else "WRONG"] += 1
@@ -94,6 +101,7 @@ def test_workers_killed_in_the_middle_of_cursors(cluster: Cluster, database: Dat
         wait_for(lambda: len(workers(cluster)) == 4)
     for thread in threads:
         thread.join(60)
+        assert not thread.is_alive()
     assert outcome["complete"] > 0
     assert outcome["cut"] > 0
     assert set(outcome) == {"complete", "cut"}
@@ -105,7 +113,7 @@ def test_a_cursor_survives_the_supervisor(cluster: Cluster, database: Database[D
     ((supervisor,),) = cluster.psql("select pid from ferretdb.status where kind = 'supervisor'")
     os.kill(int(supervisor or 0), signal.SIGKILL)
     wait_for(lambda: len(workers(cluster)) == 4 and supervisor not in {row["pid"] for row in cluster.status()})
-    with MongoClient[Document](cluster.uri) as other:
+    with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as other:
         command = {"getMore": Int64(page["cursor"]["id"]), "collection": "c", "batchSize": 2000}
         rest = other[database.name].command(command)["cursor"]
     assert [row["r"] for row in page["cursor"]["firstBatch"] + rest["nextBatch"]] == list(range(1000))
@@ -128,7 +136,7 @@ def test_ownership_and_killing(database: Database[Document]) -> None:
 
 def test_idle_cursors_expire(new_cluster: Callable[..., Cluster]) -> None:
     cluster = new_cluster(**{"ferretdb.cursor_timeout": "1s"})
-    with MongoClient[Document](cluster.uri) as client:
+    with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as client:
         fill(client.night, 50)
         numbers = [
             Int64(client.night.command({"find": "c", "batchSize": 1} | extra)["cursor"]["id"])

@@ -127,6 +127,21 @@ def test_half_a_message(wire: socket.socket, client: MongoClient[Document]) -> N
     assert client.admin.command("ping") == {"ok": 1.0}
 
 
+def test_connection_ids_are_unique(cluster: Cluster) -> None:
+    seen = set()
+    connections = [socket.create_connection(("127.0.0.1", cluster.port), timeout=30) for _ in range(50)]
+    for connection in connections:
+        connection.sendall(message({"hello": 1, "$db": "admin"}))
+        seen.add(reply(connection)[1]["connectionId"])
+        connection.sendall(message({"hello": 1, "$db": "admin"})[:20])  # and half a message, which harms nobody
+    assert len(seen) == 50
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as other:
+        other.sendall(message({"ping": 1, "$db": "admin"}))
+        assert reply(other)[1] == {"ok": 1.0}
+    for connection in connections:
+        connection.close()
+
+
 def test_malformed_documents_are_refused_and_not_stored(wire: socket.socket, database: Database[Document]) -> None:
     broken = bytearray(bson.encode({"_id": 1, "nested": {"text": "abcdef"}}))
     at = broken.index(b"abcdef") - 4
