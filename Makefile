@@ -32,7 +32,7 @@ stop: ## stop it
 uri: ## print the URI of the running instance
 	@cat '$(RUN_DIR)/uri' 2>/dev/null || { echo "pg_ferret: not running, try make start" >&2; exit 1; }
 
-psql: ## SQL beside it: make psql ARGS="-c 'select * from ferretdb.status'"
+psql: ## SQL beside it: make psql ARGS="-xc 'select * from ferretdb.status'"
 	@$(INSTANCE) psql -- $(ARGS)
 
 build: ## compile the extension (outside the checkout)

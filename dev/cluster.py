@@ -218,6 +218,7 @@ class Cluster:
         """Stop the server (smart, fast or immediate) if it runs."""
         if self.pid is not None:
             self._control("stop", "-w", "-m", mode)
+            self._forget_state()
 
     def restart(self, mode: str = "fast") -> None:
         """Stop and start."""
@@ -263,9 +264,20 @@ class Cluster:
         if (pid := self.pid) is not None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self._forget_state()
         if self.directory.exists():
             shutil.rmtree(self.socket_dir, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _forget_state(self) -> None:
+        """Remove the gateway's state in memory, which it would use again at the next start."""
+        if not self.data.exists():
+            return
+        found = self.data.stat()
+        for memo in Path("/dev/shm").glob("pg_ferret.*/postmaster"):
+            with suppress(OSError):
+                if f"{found.st_dev}:{found.st_ino}" in memo.read_text().splitlines():
+                    shutil.rmtree(memo.parent)
 
     def _has_extensions(self) -> bool:
         """Whether the launcher has finished the database; on the first start that takes half a second longer."""

@@ -23,7 +23,7 @@ MongoDB drivers are served at {uri}, for example:
 
   mongosh {uri}
   dev/enter python3 -c 'from pymongo import MongoClient; print(MongoClient("{uri}").test.things.insert_one({{}}))'
-  make psql {where}ARGS="-c 'select * from ferretdb.status'"
+  make psql {where}ARGS="-xc 'select * from ferretdb.status'"
 """
 
 

@@ -20,8 +20,18 @@ _IDENTITY = "postmaster"
 
 def path(config: Config) -> Path:
     """Where the state is: one directory per data directory, so that several servers can share a machine."""
-    own = hashlib.sha256(os.fsencode(os.path.realpath(config.server.data_directory))).hexdigest()[:16]
+    own = hashlib.sha256(_data_directory(config).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return Path(config.settings.state_dir or "/dev/shm") / f"pg_ferret.{own}"
+
+
+def _data_directory(config: Config) -> str:
+    """The data directory's path, device and inode: servers in containers may share /dev/shm and have equal paths."""
+    place = config.server.data_directory
+    try:
+        found = os.stat(place)
+    except OSError:
+        return place
+    return f"{place}\n{found.st_dev}:{found.st_ino}"
 
 
 def prepare(config: Config) -> Path:
@@ -30,7 +40,7 @@ def prepare(config: Config) -> Path:
     Raises StateDirError when it cannot be made or belongs to somebody else.
     """
     place = path(config)
-    identity = f"{config.server.data_directory}\n{config.server.started}\n"
+    identity = f"{_data_directory(config)}\n{config.server.started}\n"
     try:
         _make_private(place)
         known = place / _IDENTITY
