@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from bench import procfs
@@ -161,15 +162,20 @@ def main() -> int:
     parser.add_argument("--bin", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, help="instead of the plan's")
     options = parser.parse_args()
+    plan = QUICK if options.quick else FULL
+    plan = replace(plan, rounds=options.rounds or plan.rounds)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
-        result = run(options.bin, options.out.parent / "cluster", QUICK if options.quick else FULL)
+        result = run(options.bin, options.out.parent / "cluster", plan)
     except subprocess.CalledProcessError as error:
         say(f"bench: {error}")
         return 1
     result["command"] = "make bench QUICK=1" if options.quick else "make bench"
+    if options.rounds:
+        result["command"] = f"{result['command']}, python3 -m bench with --rounds {options.rounds}"
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -1,14 +1,13 @@
 """Turns the JSON of a run into a table and a plot.
 
 ``python3 -m bench.report FILE`` prints the table; with a folder as second argument it also writes performance.json,
-performance.svg and, between its two markers, performance.md there. Figures are medians over the rounds.
+performance.svg and, between its two markers, performance.md there. Each figure is of the quietest of its rounds.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ _COLORS = {"pg_ferret": "#2563eb", "FerretDB": "#d97706", "pgbench": "#6b7280"}
 
 @dataclass(frozen=True)
 class Cell:
-    """The medians of one target at one point. Latencies and CPU per operation in microseconds."""
+    """The figures of one target at one point, from its quietest round. Times in microseconds."""
 
     rate: float
     p50: float
@@ -31,6 +30,7 @@ class Cell:
     p999: float
     gateway: float
     postgres: float
+    others: float
     errors: int
     error: str
 
@@ -47,32 +47,40 @@ def cells(run: dict[str, Any]) -> dict[Key, dict[str, Cell]]:
 
 
 def _cell(samples: list[dict[str, Any]]) -> Cell:
-    good = [sample for sample in samples if sample["ops"]]
     error = next((sample["error"] for sample in samples if sample["error"]), "")
-    if not good:
-        return Cell(0, 0, 0, 0, 0, 0, 0, error)
-    ops = sum(sample["ops"] for sample in good)
+    errors = sum(sample["errors"] for sample in samples)
+    if not (good := [sample for sample in samples if sample["ops"]]):
+        return Cell(0, 0, 0, 0, 0, 0, 0, errors, error)
+    quiet = min(good, key=_disturbance)
+    ops = quiet["ops"]
     return Cell(
-        rate=statistics.median(sample["ops"] / sample["seconds"] for sample in good),
-        p50=statistics.median(sample["p50"] for sample in good),
-        p99=statistics.median(sample["p99"] for sample in good),
-        p999=statistics.median(sample["p999"] for sample in good),
-        gateway=sum(sample["gateway_cpu"] for sample in good) / ops * 1e6,
-        postgres=sum(sample["postgres_cpu"] for sample in good) / ops * 1e6,
-        errors=sum(sample["errors"] for sample in good),
+        rate=ops / quiet["seconds"],
+        p50=quiet["p50"],
+        p99=quiet["p99"],
+        p999=quiet["p999"],
+        gateway=quiet["gateway_cpu"] / ops * 1e6,
+        postgres=quiet["postgres_cpu"] / ops * 1e6,
+        others=_disturbance(quiet),
+        errors=errors,
         error=error,
     )
+
+
+def _disturbance(sample: dict[str, Any]) -> float:
+    """How many cores other programs took."""
+    return float(sample["other_cpu"] / sample["seconds"])
 
 
 def table(run: dict[str, Any]) -> str:
     """The Markdown between the markers."""
     versions = "; ".join(f"{name} {version}" for name, version in run["versions"].items())
     lines = [
-        f"`{run['command']}` on {run['date']}, {run['rounds']} rounds of {run['seconds']:g} s per figure, medians.",
+        f"`{run['command']}` on {run['date']}: {run['rounds']} rounds of {run['seconds']:g} s per figure, of"
+        " which the one counts in which other programs took least CPU.",
         f"{run['machine']['cpu']}, {run['machine']['memory']}, {run['machine']['system']}; the load generator runs on"
         " the same machine.",
         f"{versions}.",
-        f"Other programs took {_others(run):.2f} cores meanwhile.",
+        f"Other programs took {_others(run):.2f} cores in those rounds.",
         "",
         "| operation | clients | target | ops/s | p50 ms | p99 ms | p99.9 ms | CPU µs per op: gateway | PostgreSQL |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
@@ -107,8 +115,8 @@ def table(run: dict[str, Any]) -> str:
 
 
 def _others(run: dict[str, Any]) -> float:
-    seconds = sum(sample["seconds"] for sample in run["samples"])
-    return float(sum(sample["other_cpu"] for sample in run["samples"]) / seconds) if seconds else 0.0
+    found = [cell.others for row in cells(run).values() for cell in row.values() if cell.rate]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _quotient(ours: float, theirs: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
@@ -265,9 +266,12 @@ class Pgbench(Target):
         command += ["-T", str(max(1, round(seconds))), "-l", f"--log-prefix={log}"]
         command += ["-c", str(point.clients), "-j", str(min(point.clients, 2))]
         command += ["-h", self.cluster.socket_dir, "-p", str(self.cluster.pg_port), "-U", SERVER_USER, "postgres"]
-        before = procfs.cpu_seconds(self.postgres())
+        before, driver = self._cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        sample.postgres_cpu = procfs.cpu_seconds(self.postgres()) - before
+        _, sample.postgres_cpu, busy = (a - b for a, b in zip(self._cpu(), before, strict=True))
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        sample.driver_cpu = usage.ru_utime + usage.ru_stime - driver.ru_utime - driver.ru_stime
+        sample.other_cpu = max(0.0, busy - sample.postgres_cpu - sample.driver_cpu)
         if done.returncode:
             sample.error = next(line for line in done.stderr.splitlines() if "error" in line)
             return sample
