@@ -17,7 +17,12 @@ import structlog
 from pg_ferret.status import Kind, Slot, State, StatusTable
 
 _log = structlog.get_logger()
-_STEP_BACK_SECONDS = 0.005
+# A worker that is ahead lets so many turns of its loop pass, microseconds each, before it sleeps: the one whose turn it
+# is has been woken by the same client and is about to accept it.  A sleep each time would cap the rate of connects.
+_TURNS_TO_LET_PASS = 20
+_STEP_BACK_SECONDS = 0.001
+# How many clients ahead of the least loaded a worker may be, beside a sixteenth.
+_LEAD = 1
 _OUT_OF_DESCRIPTORS_SECONDS = 1.0
 # Clients taken before the loop turns to those it has.
 _AT_ONCE = 8
@@ -42,6 +47,7 @@ class Listener:
         self._balance = balance
         self._accepted = accepted
         self._timer: asyncio.TimerHandle | None = None
+        self._passed = 0
         self._resume()
 
     def _resume(self) -> None:
@@ -55,7 +61,10 @@ class Listener:
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
             if self._balance.ahead():
-                self._pause(_STEP_BACK_SECONDS)
+                self._passed += 1
+                if self._passed >= _TURNS_TO_LET_PASS:
+                    self._passed = 0
+                    self._pause(_STEP_BACK_SECONDS)
                 return
             try:
                 client, _ = self._socket.accept()
@@ -67,6 +76,7 @@ class Listener:
                 _log.warning("cannot accept a client", address=self.address, error=error.strerror)
                 self._pause(_OUT_OF_DESCRIPTORS_SECONDS)
                 return
+            self._passed = 0
             client.setblocking(False)
             self._accepted(client)
 
@@ -97,9 +107,9 @@ class Balance:
     def ahead(self) -> bool:
         """Whether this worker has clearly more clients than the least loaded one."""
         mine = self._mine.get("connections")
-        if not mine:
+        if mine <= _LEAD:
             return False
         least = min(
             (slot.get("connections") for slot in self._status.slots[1:] if self._takes_clients(slot)), default=mine
         )
-        return mine > least + least // 16
+        return mine > least + _LEAD + least // 16

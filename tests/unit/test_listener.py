@@ -25,6 +25,8 @@ def test_whoever_has_fewest_accepts(table: StatusTable) -> None:
 
 def test_with_few_clients_every_one_counts(table: StatusTable) -> None:
     table[1].set(connections=1)
+    assert not Balance(table, 1).ahead()
+    table[1].set(connections=2)
     assert Balance(table, 1).ahead()
     assert not Balance(table, 2).ahead()
 
