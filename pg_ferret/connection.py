@@ -34,12 +34,11 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_buffer",
         "_busy",
-        "_chunks",
         "_client",
         "_closed",
         "_draining",
-        "_have",
         "_loop",
         "_need",
         "_paused",
@@ -61,8 +60,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._writable: asyncio.Future[None] | None = None  # there while the client does not read its replies
         self._ahead: deque[bytes] | None = None
-        self._chunks: list[bytes] | None = None  # the beginning of a message, `_have` of `_need` bytes
-        self._have = 0
+        self._buffer: bytearray | None = None  # the beginning of a message of at least `_need` bytes
         self._need = 4
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -72,7 +70,7 @@ class Connection(asyncio.Protocol):
         self._client.services.counters.bytes_in += len(data)
         try:
             # Nearly always one read is one message.
-            if self._chunks is None and len(data) >= 4 and frame_length(data) == len(data):
+            if self._buffer is None and len(data) >= 4 and frame_length(data) == len(data):
                 self._receive(data)
             else:
                 self._assemble(data)
@@ -80,27 +78,29 @@ class Connection(asyncio.Protocol):
             self._refuse(error)
 
     def _assemble(self, data: bytes) -> None:
-        chunks = self._chunks
-        if chunks is None:
-            chunks = self._chunks = []
-        chunks.append(data)
-        self._have += len(data)
-        if self._have < self._need:
+        """Keep the beginning of a message, in one buffer: a list of one-byte pieces would take forty times the room."""
+        buffer = self._buffer
+        if buffer is None:
+            buffer = self._buffer = bytearray()
+        buffer += data
+        size = len(buffer)
+        if size < self._need:
             return
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        position, size = 0, len(data)
-        while size - position >= 4:
-            length = frame_length(data[position : position + 4])
-            if size - position < length:
-                self._need = length
-                break
-            self._receive(data[position : position + length])
-            position += length
+        position = 0
+        with memoryview(buffer) as view:
+            while size - position >= 4:
+                length = frame_length(view[position : position + 4])
+                if size - position < length:
+                    self._need = length
+                    break
+                self._receive(bytes(view[position : position + length]))
+                position += length
+            else:
+                self._need = 4
+        if position == size:
+            self._buffer = None
         else:
-            self._need = 4
-        rest = data[position:]
-        self._have = len(rest)
-        self._chunks = [rest] if rest else None
+            del buffer[:position]
 
     def _receive(self, frame: bytes) -> None:
         self._touched = True
@@ -162,7 +162,7 @@ class Connection(asyncio.Protocol):
         _log.info("closing a connection", peer=self._client.peer, reason=str(error))
         self._client.services.counters.errors += 1
         self._ahead = None
-        self._chunks = None
+        self._buffer = None
         if self._transport is not None:
             self._transport.close()
 
@@ -177,7 +177,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ahead = None
-        self._chunks = None
+        self._buffer = None
         if self._writable is not None:
             self._writable.cancel()
             self._writable = None
