@@ -37,6 +37,7 @@ class Guc:
     help: str
     restart: bool = False
     milliseconds: bool = False
+    megabytes: bool = False
     octal: bool = False
     flags: tuple[str, ...] = ()
     hooks: tuple[str, str, str] = ("NULL", "NULL", "NULL")
@@ -87,6 +88,16 @@ class Settings(BaseModel, frozen=True):
     max_workers: Annotated[
         int, Field(ge=1, le=1024), Guc("Limit of ferretdb.workers: the size of the status table.", restart=True)
     ] = 64
+    max_requests: Annotated[
+        int,
+        Field(ge=0, le=2_000_000_000),
+        Guc("Requests after which a worker is replaced, its successor first; 0 is never."),
+    ] = 0
+    max_requests_jitter: Annotated[
+        int,
+        Field(ge=0, le=2_000_000_000),
+        Guc("Up to so many requests more, by chance, so that workers are not all replaced at once."),
+    ] = 0
     max_connections: Annotated[
         int, Field(ge=1, le=1_000_000), Guc("Client connections allowed, all workers together.")
     ] = 10_000
@@ -101,6 +112,24 @@ class Settings(BaseModel, frozen=True):
         Field(ge=0, le=DAY),
         Guc("How long a request waits for a free connection to PostgreSQL; 0 is for ever.", milliseconds=True),
     ] = 30 * SECOND
+    client_timeout: Annotated[
+        int,
+        Field(ge=0, le=DAY),
+        Guc(
+            "A client that stops in the middle of a message, or takes nothing of its reply, for this long is"
+            " disconnected; 0 is never. Idle clients are not concerned.",
+            milliseconds=True,
+        ),
+    ] = MINUTE
+    client_memory: Annotated[
+        int,
+        Field(ge=64, le=1024 * 1024),
+        Guc(
+            "Memory for messages that are not complete and replies that are not taken, all workers together; beyond it"
+            " the clients that have been stuck the longest are disconnected.",
+            megabytes=True,
+        ),
+    ] = 1024
     cursor_timeout: Annotated[
         int, Field(ge=SECOND, le=DAY), Guc("How long an idle cursor is kept.", milliseconds=True)
     ] = 10 * MINUTE

@@ -98,6 +98,7 @@ static char *settings = NULL;
 static bool settings_told = false;
 static bool in_recovery = false;
 static bool role_told = true;
+static int64 rollings_told = 0;
 
 /* Lives for one round of the loop. */
 static MemoryContext round_context;
@@ -191,6 +192,18 @@ prepare(void)
 		set_trouble(TROUBLE_DATABASE, "waiting for the primary to create the extensions documentdb and pg_ferret", NULL);
 }
 
+/* How often a rolling restart has been asked for. */
+static int64
+rollings(void)
+{
+	int64		count;
+
+	LWLockAcquire(ferret_shared->lock, LW_SHARED);
+	count = ferret_shared->rollings;
+	LWLockRelease(ferret_shared->lock);
+	return count;
+}
+
 /* Start a supervisor. */
 static void
 spawn(void)
@@ -210,6 +223,7 @@ spawn(void)
 	supervisor_born = now_ms();
 	settings_told = false;
 	role_told = true;			/* the settings say it */
+	rollings_told = rollings(); /* all its workers will be new */
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
 	ferret_shared->generation++;
 	LWLockRelease(ferret_shared->lock);
@@ -231,16 +245,27 @@ tell(char verb, const char *body)
 	return errno != EAGAIN && errno != EINTR && errno != ENOBUFS;
 }
 
+/* Is there something that the supervisor does not know yet? */
+static bool
+news(void)
+{
+	return channel >= 0 && !(settings_told && role_told && rollings_told == rollings());
+}
+
 /* Tell the supervisor what it does not know yet. */
 static void
 tell_news(void)
 {
+	int64		asked;
+
 	if (channel < 0)
 		return;
 	if (!role_told)
 		role_told = tell('R', in_recovery ? "standby" : "primary");
 	if (!settings_told && settings)
 		settings_told = tell('S', settings);
+	if ((asked = rollings()) != rollings_told && tell('W', ""))
+		rollings_told = asked;
 }
 
 /* A log line: one letter for the level, then UTF-8.  Never ERROR: that would be our own. */
@@ -274,6 +299,7 @@ take_failure(const char *body, size_t size)
 				errmsg("pg_ferret: %s", text),
 				errhint("Set ferretdb.python to the path of Python 3.11 or later and reload the configuration."));
 	show_supervisor(supervisor, FERRET_STATE_FAILED, text);
+	set_setting_error("ferretdb.python", ferret_python, strerror(reason));
 }
 
 /* Take in what the supervisor and its workers have sent; true if there may be more. */
@@ -304,6 +330,9 @@ receive(void)
 		{
 			case 's':
 				take_slot((unsigned char *) buffer + 1, size - 1);
+				break;
+			case 'e':
+				take_setting_errors(buffer + 1, size - 1);
 				break;
 			case 'l':
 				take_log(buffer + 1, size - 1);
@@ -365,7 +394,7 @@ reap(void)
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
 	ferret_shared->restarts++;
 	strcpy(ferret_shared->last_exit, last_exit);
-	memset(&ferret_shared->slots[1], 0, ferret_max_workers * sizeof(FerretSlot));
+	memset(&ferret_shared->slots[1], 0, (SLOTS - 1) * sizeof(FerretSlot));
 	/* Whoever could not start has told why. */
 	hopeless = info.si_code == CLD_EXITED && ferret_shared->slots[0].number[SLOT_STATE] == FERRET_STATE_FAILED;
 	LWLockRelease(ferret_shared->lock);
@@ -400,7 +429,7 @@ launcher_exit(int code, Datum arg)
 		return;					/* nobody will read it, and the lock may never be free */
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
 	ferret_shared->launcher = 0;
-	memset(ferret_shared->slots, 0, (ferret_max_workers + 1) * sizeof(FerretSlot));
+	memset(ferret_shared->slots, 0, SLOTS * sizeof(FerretSlot));
 	LWLockRelease(ferret_shared->lock);
 }
 
@@ -457,6 +486,7 @@ set_up(void)
 
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
 	ferret_shared->launcher = MyProcPid;
+	ferret_shared->launcher_proc = MyProcNumber;
 	LWLockRelease(ferret_shared->lock);
 	before_shmem_exit(launcher_exit, (Datum) 0);
 	round_context = AllocSetContextCreate(TopMemoryContext, LAUNCHER_NAME, ALLOCSET_DEFAULT_SIZES);
@@ -495,7 +525,7 @@ rest(uint32 wait_event)
 
 	if (supervisor == 0)
 		due = Min(due, spawn_at);
-	if (channel >= 0 && !(settings_told && role_told))
+	if (news())
 		due = Min(due, now + RESEND_MS);
 	if (in_recovery)
 		due = Min(due, now + RECOVERY_POLL_MS);

@@ -21,6 +21,20 @@ REVOKE ALL ON FUNCTION ferretdb.status() FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION ferretdb.status() TO pg_monitor;
 GRANT SELECT ON ferretdb.status TO pg_monitor;
 
+CREATE FUNCTION ferretdb.settings_errors(OUT name text, OUT setting text, OUT error text)
+RETURNS SETOF record AS 'MODULE_PATHNAME', 'ferretdb_settings_errors' LANGUAGE C STRICT VOLATILE PARALLEL SAFE;
+
+CREATE VIEW ferretdb.settings_errors AS SELECT * FROM ferretdb.settings_errors();
+COMMENT ON VIEW ferretdb.settings_errors IS 'Settings that are not in force as they were written, and why.';
+
+CREATE FUNCTION ferretdb.restart_workers() RETURNS boolean
+AS 'MODULE_PATHNAME', 'ferretdb_restart_workers' LANGUAGE C STRICT VOLATILE;
+COMMENT ON FUNCTION ferretdb.restart_workers() IS 'Replaces every worker, one after the other, without a failed request.';
+
+REVOKE ALL ON FUNCTION ferretdb.settings_errors(), ferretdb.restart_workers() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION ferretdb.settings_errors() TO pg_monitor;
+GRANT SELECT ON ferretdb.settings_errors TO pg_monitor;
+
 -- What a write brings goes to the engine through these: they return their argument or raise an error.
 CREATE FUNCTION ferretdb.checked_bson(bytea) RETURNS bytea
 AS 'MODULE_PATHNAME', 'ferretdb_checked_bson' LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;

@@ -140,7 +140,7 @@ show_octal(void)
 static Size
 shared_size(void)
 {
-	return offsetof(FerretShared, slots) + mul_size(ferret_max_workers + 1, sizeof(FerretSlot));
+	return offsetof(FerretShared, slots) + mul_size(SLOTS, sizeof(FerretSlot));
 }
 
 /* Ask for shared memory and a lock. */

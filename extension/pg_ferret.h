@@ -5,10 +5,14 @@
 #define PG_FERRET_H
 
 #include "storage/lwlock.h"
+#include "storage/procnumber.h"
 
 #include "status_layout.h"
 
 #define LAUNCHER_NAME "pg_ferret launcher"
+
+/* Workers may have their successors beside them: as many slots again, and the supervisor's. */
+#define SLOTS (2 * ferret_max_workers + 1)
 
 /* What can be wrong on the launcher's side, each shown in slot 0's message. */
 enum
@@ -23,12 +27,16 @@ typedef struct FerretShared
 {
 	LWLock	   *lock;
 	pid_t		launcher;		/* 0 if there is none */
+	ProcNumber	launcher_proc;	/* whose latch wakes it */
+	int64		rollings;		/* calls of ferretdb.restart_workers() */
 	int			connecting;		/* launchers started since one could connect */
 	int64		generation;		/* supervisors started */
 	int64		restarts;		/* supervisors that ended without being asked to */
 	char		last_exit[sizeof(((FerretSlot *) 0)->last_exit)];
 	char		trouble[TROUBLES][512];
-	FerretSlot	slots[FLEXIBLE_ARRAY_MEMBER];	/* 0 .. ferret_max_workers */
+	size_t		setting_errors_size;
+	char		setting_errors[8192];	/* name, value, error, name, ...: each ends in NUL */
+	FerretSlot	slots[FLEXIBLE_ARRAY_MEMBER];	/* SLOTS of them */
 } FerretShared;
 
 /* pg_ferret.c */
@@ -52,5 +60,7 @@ extern char *clean_text(const char *data, size_t size);
 extern void set_trouble(int subject, const char *text, const char *hint);
 extern void show_supervisor(pid_t supervisor, int state, const char *message);
 extern void take_slot(const unsigned char *body, size_t size);
+extern void take_setting_errors(const char *body, size_t size);
+extern void set_setting_error(const char *name, const char *value, const char *error);
 
 #endif

@@ -5,10 +5,14 @@ static char *ferret_listen_unix;
 static int ferret_unix_socket_permissions;
 static int ferret_workers;
 int ferret_max_workers;
+static int ferret_max_requests;
+static int ferret_max_requests_jitter;
 static int ferret_max_connections;
 static int ferret_pool_min_conns;
 static int ferret_pool_max_conns;
 static int ferret_query_wait_timeout;
+static int ferret_client_timeout;
+static int ferret_client_memory;
 static int ferret_cursor_timeout;
 static int ferret_worker_timeout;
 static int ferret_graceful_timeout;
@@ -83,6 +87,26 @@ define_settings(void)
 		PGC_POSTMASTER,
 		0,
 		NULL, NULL, NULL);
+	DefineCustomIntVariable("ferretdb.max_requests",
+		"Requests after which a worker is replaced, its successor first; 0 is never.",
+		NULL,
+		&ferret_max_requests,
+		0,
+		0,
+		2000000000,
+		PGC_SIGHUP,
+		0,
+		NULL, NULL, NULL);
+	DefineCustomIntVariable("ferretdb.max_requests_jitter",
+		"Up to so many requests more, by chance, so that workers are not all replaced at once.",
+		NULL,
+		&ferret_max_requests_jitter,
+		0,
+		0,
+		2000000000,
+		PGC_SIGHUP,
+		0,
+		NULL, NULL, NULL);
 	DefineCustomIntVariable("ferretdb.max_connections",
 		"Client connections allowed, all workers together.",
 		NULL,
@@ -122,6 +146,26 @@ define_settings(void)
 		86400000,
 		PGC_SIGHUP,
 		GUC_UNIT_MS,
+		NULL, NULL, NULL);
+	DefineCustomIntVariable("ferretdb.client_timeout",
+		"A client that stops in the middle of a message, or takes nothing of its reply, for this long is disconnected; 0 is never. Idle clients are not concerned.",
+		NULL,
+		&ferret_client_timeout,
+		60000,
+		0,
+		86400000,
+		PGC_SIGHUP,
+		GUC_UNIT_MS,
+		NULL, NULL, NULL);
+	DefineCustomIntVariable("ferretdb.client_memory",
+		"Memory for messages that are not complete and replies that are not taken, all workers together; beyond it the clients that have been stuck the longest are disconnected.",
+		NULL,
+		&ferret_client_memory,
+		1024,
+		64,
+		1048576,
+		PGC_SIGHUP,
+		GUC_UNIT_MB,
 		NULL, NULL, NULL);
 	DefineCustomIntVariable("ferretdb.cursor_timeout",
 		"How long an idle cursor is kept.",

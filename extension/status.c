@@ -1,7 +1,8 @@
 /*
  * status.c: the status table in shared memory.  The launcher writes it; the
- * function behind the view ferretdb.status reads it, and nothing else, so it
- * works on a standby and without a single process of ours.
+ * functions behind the views ferretdb.status and ferretdb.settings_errors read
+ * it, and nothing else, so they work on a standby and without a single process
+ * of ours.
  */
 #include "postgres.h"
 
@@ -19,6 +20,7 @@
 #define UNIX_TO_POSTGRES ((POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY)
 
 PG_FUNCTION_INFO_V1(ferretdb_status);
+PG_FUNCTION_INFO_V1(ferretdb_settings_errors);
 
 /* The columns, in the order of pg_ferret--1.0.sql. */
 enum
@@ -119,7 +121,7 @@ take_slot(const unsigned char *body, size_t size)
 	if (size != 4 + sizeof(FerretSlot))
 		return;
 	index = body[0] | body[1] << 8 | body[2] << 16 | (uint32) body[3] << 24;
-	if (index > (uint32) ferret_max_workers)
+	if (index >= (uint32) SLOTS)
 		return;
 	memcpy(&slot, body + 4, sizeof(slot));
 	slot.last_exit[sizeof(slot.last_exit) - 1] = '\0';
@@ -134,6 +136,31 @@ take_slot(const unsigned char *body, size_t size)
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
 	ferret_shared->slots[index] = slot;
 	LWLockRelease(ferret_shared->lock);
+}
+
+/* What is wrong with the settings at present, as the supervisor packs it. */
+void
+take_setting_errors(const char *body, size_t size)
+{
+	if (size > sizeof(ferret_shared->setting_errors) || (size > 0 && body[size - 1] != '\0'))
+		return;
+	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
+	memcpy(ferret_shared->setting_errors, body, size);
+	ferret_shared->setting_errors_size = size;
+	LWLockRelease(ferret_shared->lock);
+}
+
+/* One setting is wrong, found by the launcher itself: without a supervisor there is nobody else to tell. */
+void
+set_setting_error(const char *name, const char *value, const char *error)
+{
+	StringInfoData text;
+
+	initStringInfo(&text);
+	appendBinaryStringInfo(&text, name, strlen(name) + 1);
+	appendBinaryStringInfo(&text, value, strlen(value) + 1);
+	appendBinaryStringInfo(&text, error, strlen(error) + 1);
+	take_setting_errors(text.data, text.len);
 }
 
 /* A column that holds text; empty text is NULL. */
@@ -199,7 +226,7 @@ Datum
 ferretdb_status(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
-	int			count = ferret_max_workers + 1;
+	int			count = SLOTS;
 	FerretSlot *slots = palloc_array(FerretSlot, count);
 	char		trouble[TROUBLES][sizeof(ferret_shared->trouble[0])];
 	StringInfoData text;
@@ -231,5 +258,33 @@ ferretdb_status(PG_FUNCTION_ARGS)
 	for (int i = 1; i < count; i++)
 		if (slots[i].number[SLOT_KIND] != FERRET_KIND_FREE)
 			put_row(result, &slots[i], i, "");
+	return (Datum) 0;
+}
+
+/* ferretdb.settings_errors(): one row for each setting that is not in force as it was written. */
+Datum
+ferretdb_settings_errors(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	char		data[sizeof(ferret_shared->setting_errors)];
+	size_t		size;
+	Datum		values[3];
+	bool		nulls[3];
+
+	InitMaterializedSRF(fcinfo, 0);
+	LWLockAcquire(ferret_shared->lock, LW_SHARED);
+	size = ferret_shared->setting_errors_size;
+	memcpy(data, ferret_shared->setting_errors, size);
+	LWLockRelease(ferret_shared->lock);
+
+	for (const char *at = data, *end = data + size; at < end;)
+	{
+		for (int column = 0; column < 3; column++)
+		{
+			set_text(values, nulls, column, at < end ? clean_text(at, strlen(at)) : NULL);
+			at += at < end ? strlen(at) + 1 : 0;
+		}
+		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+	}
 	return (Datum) 0;
 }

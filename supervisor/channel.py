@@ -9,10 +9,14 @@ from __future__ import annotations
 import enum
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from config.settings import SettingError
 
 # The launcher can't send more: a message is bounded by SO_SNDBUF (208 kB by default).
 MAX_MESSAGE_BYTES = 256 * 1024
+# The launcher's room for them (FerretShared in extension/pg_ferret.h).
+SETTING_ERRORS_BYTES = 8192
 # A flood of messages must not keep the loop from its heartbeats.
 MESSAGES_PER_ROUND = 100
 _QUIET = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -25,6 +29,7 @@ class Verb(enum.Enum):
     SETTINGS = b"S"
     ROLE = b"R"
     QUIT = b"Q"
+    ROLL = b"W"
 
 
 class Closed(Exception):
@@ -32,7 +37,7 @@ class Closed(Exception):
 
 
 class Channel:
-    """Receives the launcher's messages and sends it the status slots."""
+    """Receives the launcher's messages; sends it the status slots and what is wrong with the settings."""
 
     __slots__ = ("socket",)
 
@@ -58,8 +63,21 @@ class Channel:
 
     def send_slot(self, index: int, raw: bytes) -> bool:
         """Send one packed status slot; False if the launcher has no room for it now."""
+        return self._send(_pack_slot(b"s", index) + raw)
+
+    def send_setting_errors(self, errors: Iterable[SettingError]) -> bool:
+        """Send all that is wrong with the settings, as far as it fits; False if there is no room for it now."""
+        body = b""
+        for item in errors:
+            texts = (item.name, item.setting, item.error)
+            entry = b"".join(text.replace("\0", " ").encode("utf-8", "backslashreplace") + b"\0" for text in texts)
+            if len(body) + len(entry) <= SETTING_ERRORS_BYTES:
+                body += entry
+        return self._send(b"e" + body)
+
+    def _send(self, message: bytes) -> bool:
         try:
-            self.socket.send(_pack_slot(b"s", index) + raw, _QUIET)
+            self.socket.send(message, _QUIET)
         except OSError:
             return False  # full: try again next round; gone: receive() tells
         return True

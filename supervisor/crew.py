@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -20,9 +21,12 @@ import structlog
 from config.settings import Config
 from pg_ferret.status import NULL, Kind, State, StatusTable
 from supervisor import child, plan
-from supervisor.plan import Drain, Kill, Limits, Process, Release, Seat, Start
+from supervisor.plan import Action, Drain, Kill, Limits, Process, Release, Seat, Start
 
 logger = structlog.get_logger()
+
+# One decision may follow from another (a worker has left its place to its successor), but never for ever.
+_FOLLOW_UPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +89,35 @@ class Crew:
                 slot = self._table[seat.slot]
                 seat.process.ready = seat.process.ready or slot.get("state") == State.READY
                 seat.process.beat = slot.get("heartbeat") / 1e9
+                seat.process.requests = slot.get("requests")
 
     def step(self, limits: Limits) -> None:
         """Do all that is due; needs ``orders`` once a worker is wanted."""
         now = self._system.clock()
-        for action in plan.decide(self.seats, limits, now):
-            match action:
-                case Start(seat):
-                    self._start(seat, now)
-                case Drain(seat):
-                    self._drain(seat, now)
-                case Release(seat):
-                    self._release(seat)
-                case Kill(seat, number, reason):
-                    self._kill(seat, number, reason, now)
+        for _ in range(_FOLLOW_UPS):
+            actions = plan.decide(self.seats, limits, now)
+            for action in actions:
+                self._carry_out(action, now)
+            if not actions:
+                break
         self._tell()
+
+    def _carry_out(self, action: Action, now: float) -> None:
+        match action:
+            case Start(seat):
+                self._start(seat, now)
+            case Drain(seat):
+                self._drain(seat, now)
+            case Release(seat):
+                self._release(seat)
+            case Kill(seat, number, reason):
+                self._kill(seat, number, reason, now)
+
+    def replace_all(self) -> None:
+        """Have every worker there is replaced, each when its successor serves."""
+        for seat in self.seats:
+            if seat.process:
+                seat.process.outdated = True
 
     def give(self, orders: Orders) -> None:
         """New orders, for the workers there are and for those to come."""
@@ -138,7 +156,7 @@ class Crew:
         assert self.orders is not None
         seat.retry = None
         seat.generation += 1
-        seat.process = Process(pid=0, born=now)
+        seat.process = Process(pid=0, born=now, luck=random.random())
         self._mark_starting(seat, now)
         try:
             pid, control = self._fork(seat)
@@ -209,6 +227,8 @@ class Crew:
             process.aborted = now
         logger.warning("ending worker", slot=seat.slot, pid=process.pid, signal=number.name, reason=reason)
         self._signal(process, number)
+        if number == signal.SIGABRT:
+            self._signal(process, signal.SIGCONT)  # a stopped process could not write its stack
 
     def _signal(self, process: Process, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -25,6 +25,8 @@ TCP_SETTING = "ferretdb.listen_addr"
 UNIX_SETTING = "ferretdb.listen_unix"
 # The kernel cuts it to net.core.somaxconn; a burst of clients should not see refused connections.
 BACKLOG = 4096
+# Seconds of silence before the first probe, between probes, and how many may be lost.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 120, socket.TCP_KEEPINTVL: 30, socket.TCP_KEEPCNT: 4}
 _HINTS = {
     errno.EADDRINUSE: "another server listens there (ss -ltnp shows it): stop it or choose another address",
     errno.EADDRNOTAVAIL: "this machine has no such address",
@@ -157,6 +159,10 @@ def open_tcp(text: str) -> socket.socket:
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
         sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted sockets inherit these: a client whose machine has vanished is noticed.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         if family == socket.AF_INET6:
             # Whatever net.ipv6.bindv6only says: an IPv4 address is listened on only if it is in the list.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

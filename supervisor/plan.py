@@ -37,6 +37,9 @@ class Process:
     draining: float | None = None  # asked to leave at this time
     aborted: float | None = None  # found hung at this time
     killed: bool = False
+    requests: int = 0  # answered so far, observed in the status table
+    luck: float = 0.0  # its part of the jitter, from 0 to 1
+    outdated: bool = False  # somebody asked for its replacement
 
 
 @dataclass(slots=True)
@@ -69,6 +72,8 @@ class Limits:
     worker_timeout: float
     graceful_timeout: float
     awake: float = 0.0
+    max_requests: int = 0
+    max_requests_jitter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ Action = Start | Drain | Release | Kill
 def decide(seats: Sequence[Seat], limits: Limits, now: float) -> list[Action]:
     """Everything that is due now, kills first; nothing is changed."""
     overdue = (_overdue(seat, seat.process, limits, now) for seat in seats if seat.process)
-    return [*(kill for kill in overdue if kill), *_staff(seats, limits.wanted, now)]
+    return [*(kill for kill in overdue if kill), *_staff(seats, limits, now)]
 
 
 def _overdue(seat: Seat, process: Process, limits: Limits, now: float) -> Kill | None:
@@ -124,14 +129,32 @@ def _overdue(seat: Seat, process: Process, limits: Limits, now: float) -> Kill |
     return Kill(seat, signal.SIGABRT, f"no heartbeat for {silent:.1f} s, see ferretdb.worker_timeout")
 
 
-def _staff(seats: Sequence[Seat], wanted: int, now: float) -> Iterable[Action]:
-    """Grow into the lowest free seats; shrink from those that wait to start, then from the highest."""
+def _staff(seats: Sequence[Seat], limits: Limits, now: float) -> Iterable[Action]:
+    """Grow into the lowest free seats; shrink from those that wait to start, then from the highest.
+
+    Workers that are to be replaced leave one by one, each only when its successor serves.
+    """
+    wanted = limits.wanted
     serving = [seat for seat in seats if seat.serving]
     free = [seat for seat in seats if seat.free]
-    yield from (Start(seat) for seat in free[: max(0, wanted - len(serving))])
-    serving.sort(key=lambda seat: (seat.retry is not None, seat.slot))
-    yield from (Release(seat) if seat.process is None else Drain(seat) for seat in serving[wanted:])
-    yield from (Start(seat) for seat in serving[:wanted] if seat.retry is not None and seat.retry <= now)
+    retiring = [seat for seat in serving if seat.process and retires(seat.process, limits)]
+    ready = sum(seat.process is not None and seat.process.ready for seat in serving)
+    most = wanted + 1 if retiring and wanted else wanted
+    # A successor is started when everybody is there.
+    yield from (Start(seat) for seat in free[: max(0, (most if ready >= wanted else wanted) - len(serving))])
+    if ready > wanted < most:
+        yield Drain(retiring[0])
+    else:
+        serving.sort(key=lambda seat: (seat.retry is not None, seat in retiring, seat.slot))
+        yield from (Release(seat) if seat.process is None else Drain(seat) for seat in serving[most:])
+        serving = serving[:most]
+    yield from (Start(seat) for seat in serving if seat.retry is not None and seat.retry <= now)
+
+
+def retires(process: Process, limits: Limits) -> bool:
+    """Whether the process is to be replaced, though nothing is wrong with it."""
+    most = limits.max_requests + process.luck * limits.max_requests_jitter
+    return process.outdated or (limits.max_requests > 0 and process.requests >= most)
 
 
 def deadline(seats: Iterable[Seat], limits: Limits) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from config.settings import Config
+from config.settings import PREFIX, Config, SettingError
 from pg_ferret import log
 from pg_ferret.status import State, StatusTable
 from supervisor.channel import Channel, Closed, Verb
@@ -86,7 +86,8 @@ class Supervisor:
         self._channel = channel
         self._config = config
         self._gateway = gateway
-        self.table = StatusTable(config.settings.max_workers)
+        # Every worker may have its successor beside it.
+        self.table = StatusTable(2 * config.settings.max_workers)
         self.listeners = Listeners()
         self.crew = Crew(self.table, channel.socket, gateway.work, self._system)
         self.crew.private += self.wakeup.sockets
@@ -129,6 +130,7 @@ class Supervisor:
             self._retry(now)
         self.crew.step(self._limits())
         self._reporter.own(self._state(), self._message())
+        self._reporter.setting_errors(self._setting_errors())
         self._reporter.report(now)
         return None
 
@@ -150,6 +152,9 @@ class Supervisor:
     def _obey(self, verb: Verb, body: bytes) -> None:
         if verb is Verb.QUIT:
             self._stop(0)  # smart as well as fast: a smart shutdown gets here only when the last session has left
+        elif verb is Verb.ROLL:
+            logger.info("replacing all workers, as ferretdb.restart_workers() asks")
+            self.crew.replace_all()
         elif verb is Verb.ROLE:
             role = {"in_recovery": body == b"standby"}
             self._apply(self._config.model_copy(update={"server": self._config.server.model_copy(update=role)}))
@@ -167,6 +172,11 @@ class Supervisor:
         log.configure(self._channel.socket, new.settings.log_level, "supervisor")
         self._config = self._with_state_dir(new)
         settings = self._config.settings
+        if settings.workers > settings.max_workers:
+            text = f"ferretdb.workers: {settings.workers} are more than ferretdb.max_workers ({settings.max_workers})"
+            self._problems.set("workers", text, "ferretdb.max_workers takes a restart")
+        else:
+            self._problems.solved("workers")
         self.listeners.want(wanted_addresses(settings) if settings.enabled else [], settings.unix_socket_permissions)
         self.crew.give(Orders(self._config, self.listeners.sockets))
         self.crew.retry_now()
@@ -216,7 +226,8 @@ class Supervisor:
             return Limits(0, math.inf, STOP_GRACE)
         wanted = settings.worker_count() if settings.enabled and self._prepared else 0
         graceful = settings.graceful_timeout / 1000 + DRAIN_SLACK
-        return Limits(wanted, settings.worker_timeout / 1000, graceful, self._awake)
+        worn_out = settings.max_requests, settings.max_requests_jitter
+        return Limits(wanted, settings.worker_timeout / 1000, graceful, self._awake, *worn_out)
 
     def _state(self) -> State:
         if self._exit:
@@ -234,6 +245,12 @@ class Supervisor:
             return "ferretdb.enabled is off"
         return serving_message(self.listeners.sockets)
 
+    def _setting_errors(self) -> list[SettingError]:
+        """What is not in force as it was written: refused by PostgreSQL, refused here, or not possible now."""
+        found = [_setting_error(text, "") for text in self._problems.texts]
+        found += [_setting_error(str(error), address) for address, error in self.listeners.problems.items()]
+        return [*self._config.server.setting_errors, *filter(None, found)]
+
     def _wait(self) -> None:
         """Sleep until something arrives or is due."""
         due = [self._reporter.due, deadline(self.crew.seats, self._limits())]
@@ -248,6 +265,14 @@ class Supervisor:
         now = self._system.clock()
         if now > until + OVERSLEPT:
             self._awake = now
+
+
+def _setting_error(problem: str, value: str) -> SettingError | None:
+    """A problem as a row of ferretdb.settings_errors, if its text begins with a setting's name."""
+    name, _, error = problem.partition(": ")
+    if not name.startswith(PREFIX):
+        return None
+    return SettingError(name=name, setting=value, error=error.removeprefix(f"{value}: "))
 
 
 def explain(error: ValueError) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import structlog
 
 import pg_ferret
+from config.settings import SettingError
 from pg_ferret.status import NULL, NUMBERS, SLOT_BYTES, Kind, Slot, State, StatusTable
 from supervisor.channel import Channel
 
@@ -50,6 +51,7 @@ class Reporter:
         self._table = table
         self._sent = [bytes(SLOT_BYTES)] * len(table)
         self._told: list[tuple[object, ...]] = [()] * len(table)
+        self._setting_errors: list[SettingError] | None = None
         self._due = 0.0
         table[0].set(kind=Kind.SUPERVISOR, pid=os.getpid(), started=time.time_ns() // 1000, generation=1)
         table[0].set(**_NOT_OURS)
@@ -64,6 +66,11 @@ class Reporter:
         self._table[0].set(state=state)
         if self._table[0].message != message:
             self._table[0].message = message
+
+    def setting_errors(self, errors: list[SettingError]) -> None:
+        """Send what is wrong with the settings, if that has changed."""
+        if errors != self._setting_errors and self._channel.send_setting_errors(errors):
+            self._setting_errors = errors
 
     def report(self, now: float) -> None:
         """Send every changed slot once a second, and at any time those whose state or message changed."""

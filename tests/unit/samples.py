@@ -9,6 +9,10 @@ from config.settings import Config
 SETTINGS = {
     "database": "postgres",
     "max_workers": "8",
+    "max_requests": "0",
+    "max_requests_jitter": "0",
+    "client_timeout": "60000",
+    "client_memory": "1024",
     "enabled": "on",
     "workers": "2",
     "listen_addr": "-",

@@ -40,12 +40,14 @@ def test_contexts_and_flags() -> None:
     for name, text in definitions.items():
         assert ("PGC_POSTMASTER" in text) != ("PGC_SIGHUP" in text)
         assert ("GUC_UNIT_MS" in text) == name.endswith("_timeout")
+        assert ("GUC_UNIT_MB" in text) == name.endswith("_memory")
 
 
 def test_the_sample_uses_units_that_postgresql_reads() -> None:
     sample = generate.sample()
     for line in (
         "#ferretdb.cursor_timeout = 10min",
+        "#ferretdb.client_memory = 1GB",
         "#ferretdb.unix_socket_permissions = 0700",
         "#ferretdb.listen_addr = '127.0.0.1:27017'",
         "#ferretdb.enabled = on",

@@ -97,3 +97,59 @@ def test_a_late_death_forgives_the_early_ones() -> None:
 )
 def test_exit_text(wait_status: int, text: str) -> None:
     assert plan.exit_text(wait_status) == text
+
+
+def roll(crew: list[Seat]) -> None:
+    """Mark every worker as outdated."""
+    for seat in crew:
+        if seat.process:
+            seat.process.outdated = True
+
+
+def test_a_replacement_needs_everybody_ready() -> None:
+    crew = [*seats(2), Seat(3), Seat(4)]
+    roll(crew)
+    assert crew[1].process is not None
+    crew[1].process.ready = False
+    assert plan.decide(crew, LIMITS, 0.0) == []
+    crew[1].process.ready = True
+    assert plan.decide(crew, LIMITS, 0.0) == [Start(crew[2])]
+    crew[2].process = Process(103, 0.0)
+    assert plan.decide(crew, LIMITS, 0.0) == []
+    crew[2].process.ready = True
+    assert plan.decide(crew, LIMITS, 0.0) == [Drain(crew[0])]
+
+
+def test_a_successor_that_cannot_start_keeps_the_old_ones() -> None:
+    crew = [*seats(2), Seat(3, retry=5.0), Seat(4)]
+    roll(crew)
+    assert plan.decide(crew, LIMITS, 1.0) == []
+    assert plan.decide(crew, LIMITS, 5.0) == [Start(crew[2])]
+
+
+def test_a_crash_during_a_replacement_is_mended_first() -> None:
+    crew = [Seat(1, retry=0.0), *seats(3)[1:], Seat(4)]
+    roll(crew[1:2])
+    assert plan.decide(crew, LIMITS, 0.0) == [Start(crew[0])]
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_shrinking_prefers_workers_that_are_to_go_anyway(wanted: int) -> None:
+    crew = seats(3)
+    roll(crew[:2])
+    drained = [action.seat for action in plan.decide(crew, Limits(wanted, 5, 5), 0.0) if isinstance(action, Drain)]
+    assert drained
+    assert drained[: 1 if wanted else 3] == ([crew[0]] if wanted else [crew[2], crew[0], crew[1]])
+
+
+def test_without_a_free_seat_a_replacement_waits() -> None:
+    crew = seats(2)
+    roll(crew)
+    assert plan.decide(crew, LIMITS, 0.0) == []
+
+
+@pytest.mark.parametrize(("requests", "luck", "gone"), [(99, 0.0, False), (100, 0.0, True), (120, 0.5, False)])
+def test_jitter_spreads_the_replacements(requests: int, luck: float, gone: bool) -> None:
+    process = Process(1, 0.0, ready=True, requests=requests, luck=luck)
+    assert plan.retires(process, Limits(1, 5, 5, 0.0, max_requests=100, max_requests_jitter=50)) is gone
+    assert not plan.retires(process, LIMITS)

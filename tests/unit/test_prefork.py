@@ -105,7 +105,7 @@ def test_hung_worker_is_aborted_then_killed_then_replaced(world: World) -> None:
     for _ in range(32):
         world.slot(2).set(heartbeat=int(world.fake.now * 1e9))
         world.turn(1.0)
-    assert world.fake.sent == [(101, signal.SIGABRT), (101, signal.SIGKILL)]
+    assert world.fake.sent == [(101, signal.SIGABRT), (101, signal.SIGCONT), (101, signal.SIGKILL)]
     world.fake.end(101, KILLED)
     world.turn()
     assert world.slot(1).get("pid") == 103
@@ -215,6 +215,41 @@ def test_the_launchers_death_is_a_stop_with_status_one(world: World) -> None:
     assert world.turn() == 1
 
 
+# -- replacing workers ----------------------------------------------------------------------------------------------
+
+
+def test_a_rolling_restart_starts_each_successor_first(world: World) -> None:
+    world.ready()
+    world.turn()
+    world.launcher.send(b"W")
+    world.turn()
+    assert world.fake.running == [101, 102, 103]
+    assert world.fake.sent == []
+    world.ready()
+    world.turn()
+    assert world.fake.sent == [(101, signal.SIGTERM)]
+    assert world.fake.running == [101, 102, 103, 104]
+    world.ready()
+    world.turn()
+    assert world.fake.sent == [(101, signal.SIGTERM), (102, signal.SIGTERM)]
+    for pid in (101, 102):
+        world.fake.end(pid, LEFT)
+    world.turn(1)
+    assert world.fake.running == [103, 104]
+    assert [world.slot(index).get("restarts") for index in (3, 4)] == [0, 0]
+
+
+def test_a_worker_that_has_served_enough_is_replaced(world: World) -> None:
+    world.configure(max_requests="1000")
+    world.ready()
+    world.slot(1).set(requests=999)
+    world.slot(2).set(requests=1000)
+    world.turn()
+    world.ready()
+    world.turn()
+    assert world.fake.sent == [(102, signal.SIGTERM)]
+
+
 # -- status ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,3 +287,16 @@ def test_a_full_channel_delays_status_and_loses_none(world: World) -> None:
     assert world.received().count(b"lDfill") == filled
     world.turn(0.2)
     assert world.sent_slots() == [0, 1, 2]
+
+
+def test_what_is_wrong_with_the_settings_is_sent_when_it_changes(world: World) -> None:
+    def errors() -> list[bytes]:
+        return [item[1:] for item in world.received() if item[:1] == b"e"]
+
+    assert errors() == [b""]
+    world.configure(workers="9", max_workers="8")
+    assert errors() == [b"ferretdb.workers\0\0" + b"9 are more than ferretdb.max_workers (8)\0"]
+    world.turn(1)
+    assert errors() == []
+    world.configure(workers="2")
+    assert errors() == [b""]
