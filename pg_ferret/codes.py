@@ -128,6 +128,7 @@ _NAMES: dict[int, str] = {
     291: "UnableToFindIndex",
     352: "UnsupportedOpQueryCommand",
     361: "CollectionUUIDMismatch",
+    365: "TemporarilyUnavailable",
     391: "ReauthenticationRequired",
     8000: "UserCountLimitExceeded",
     10107: "NotWritablePrimary",

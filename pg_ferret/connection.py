@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import structlog
 
-from pg_ferret.dispatch import respond
+from pg_ferret.dispatch import describe, respond
 from pg_ferret.errors import ProtocolError
 from pg_ferret.state.client import Client
 from pg_ferret.wire.message import frame_length
@@ -39,9 +39,12 @@ class Connection(asyncio.Protocol):
         "_client",
         "_closed",
         "_draining",
+        "_frame",
+        "_held",
         "_loop",
         "_need",
         "_paused",
+        "_serving",
         "_task",
         "_touched",
         "_transport",
@@ -62,6 +65,14 @@ class Connection(asyncio.Protocol):
         self._ahead: deque[bytes] | None = None
         self._buffer: bytearray | None = None  # the beginning of a message of at least `_need` bytes
         self._need = 4
+        self._held = False  # whether the worker's account of memory knows of us
+        self._frame = b""  # the message that is being answered
+        self._serving = 0  # bytes of the message that is being answered, if it did not come in one piece
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+        return self._client.peer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -85,6 +96,7 @@ class Connection(asyncio.Protocol):
         buffer += data
         size = len(buffer)
         if size < self._need:
+            self._account()
             return
         position = 0
         with memoryview(buffer) as view:
@@ -101,11 +113,27 @@ class Connection(asyncio.Protocol):
             self._buffer = None
         else:
             del buffer[:position]
+        self._account()
+
+    def _account(self) -> None:
+        """Tell how much memory this client holds; requests that are answered as they come never get here."""
+        buffered = 0 if self._buffer is None else len(self._buffer)
+        ahead = sum(map(len, self._ahead)) if self._ahead else 0
+        unsent = 0 if self._writable is None else self.unsent()
+        held = self._serving + buffered + ahead + unsent
+        stuck = self._buffer is not None or self._writable is not None
+        self._held = held > 0 or stuck
+        self._client.services.backlog.hold(self, held, stuck)
+
+    def unsent(self) -> int:
+        """Bytes of replies that the client has not taken."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def _receive(self, frame: bytes) -> None:
         self._touched = True
         if not self._busy:
             self._busy = True
+            self._serving = 0 if self._buffer is None else len(frame)
             task = _start(self._loop, self._serve(frame))
             self._task = None if task.done() else task
             return
@@ -123,6 +151,7 @@ class Connection(asyncio.Protocol):
         turn = 0
         try:
             while True:
+                self._frame = frame
                 answer = await respond(frame, self._client)
                 if answer is not None:
                     self._client.services.counters.bytes_out += len(answer)
@@ -132,6 +161,7 @@ class Connection(asyncio.Protocol):
                 if not self._ahead or self._draining:
                     break
                 frame = self._next()
+                self._serving = len(frame)
                 turn += 1
                 if turn % _TURN == 0:
                     await asyncio.sleep(0)
@@ -143,6 +173,10 @@ class Connection(asyncio.Protocol):
         finally:
             self._busy = False
             self._task = None
+            self._frame = b""
+            if self._held:
+                self._serving = 0
+                self._account()
         if self._draining:
             transport.close()
 
@@ -169,11 +203,13 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         if self._writable is None:
             self._writable = self._loop.create_future()
+            self._account()
 
     def resume_writing(self) -> None:
         if self._writable is not None:
             self._writable.set_result(None)
             self._writable = None
+            self._account()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ahead = None
@@ -181,10 +217,13 @@ class Connection(asyncio.Protocol):
         if self._writable is not None:
             self._writable.cancel()
             self._writable = None
+        services = self._client.services
+        services.backlog.hold(self, 0, stuck=False)
+        self._held = False
         if self._task is not None:
             # Nobody waits for the answer any more: the query is to end too.
             self._task.cancel()
-            self._client.services.engine.abandon()
+            services.engine.abandon(describe(self._frame))
         self._closed(self)
 
     def close_if_quiet(self) -> None:

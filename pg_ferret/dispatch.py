@@ -77,6 +77,16 @@ def _failure(error: Exception, request: Request | None, client: Client) -> Comma
     return failure
 
 
+def describe(frame: bytes) -> str:
+    """What a frame asks for, as ``find shop.orders``: the command and the namespace, never a value."""
+    try:
+        request = parse(frame)
+    except (ProtocolError, CommandError):
+        return "an unreadable request"
+    target = request.string(b"collection") or request.string(request.name) or b""
+    return _printable(request.name + b" " + (request.string(b"$db") or b"") + (b"." + target if target else b""))
+
+
 def _no_such_command(name: bytes) -> CommandError:
     text = _printable(name)
     if name in MISSING:

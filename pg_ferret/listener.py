@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import time
 from collections.abc import Callable
 
 import structlog
@@ -26,6 +27,8 @@ _LEAD = 1
 _OUT_OF_DESCRIPTORS_SECONDS = 1.0
 # Clients taken before the loop turns to those it has.
 _AT_ONCE = 8
+# How old the list of workers may be.
+_LOOK_SECONDS = 0.05
 # A worker that has not beaten for so long takes nobody, so nobody waits for it.
 _STALE_SECONDS = 1.0
 
@@ -96,20 +99,25 @@ class Balance:
         self._status = status
         self._mine = status[slot]
         self._slot = slot
+        self._workers: list[Slot] = []
+        self._looked = -_LOOK_SECONDS
+
+    def workers(self) -> list[Slot]:
+        """The slots with a worker, this one's included; most slots of the table are free, so they are looked up anew
+        only now and then."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            self._workers = [slot for slot in self._status.slots[1:] if slot.get("kind") == Kind.WORKER]
+        return self._workers
 
     def _takes_clients(self, other: Slot) -> bool:
-        return (
-            other.get("kind") == Kind.WORKER
-            and other.get("state") == State.READY
-            and other.heartbeat_age() < _STALE_SECONDS
-        )
+        return other.get("state") == State.READY and other.heartbeat_age() < _STALE_SECONDS
 
     def ahead(self) -> bool:
         """Whether this worker has clearly more clients than the least loaded one."""
         mine = self._mine.get("connections")
         if mine <= _LEAD:
             return False
-        least = min(
-            (slot.get("connections") for slot in self._status.slots[1:] if self._takes_clients(slot)), default=mine
-        )
+        least = min((slot.get("connections") for slot in self.workers() if self._takes_clients(slot)), default=mine)
         return mine > least + _LEAD + least // 16

@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 import uvloop
@@ -23,7 +26,8 @@ from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.pool import TICK_SECONDS, Pool
 from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Balance, Listener
-from pg_ferret.state import directory
+from pg_ferret.refusal import WAITING_AT_MOST, Refusal
+from pg_ferret.state import backlog, directory
 from pg_ferret.state.client import Client, Services
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.status import State, StatusTable
@@ -35,6 +39,9 @@ _QUIET_SECONDS = 1.0
 _LAST_REQUEST_SECONDS = 1.0
 _CONTROL_BYTES = 1 << 18
 _MAX_LISTENERS = 250
+_REFUSAL_LOG_SECONDS = 5.0
+# Beside clients and the pool: the loop's own, the registry, listeners old and new, clients that are being refused.
+_KEPT_DESCRIPTORS = 64 + WAITING_AT_MOST
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -67,6 +74,8 @@ class Worker:
         self._arriving: set[asyncio.Task[None]] = set()
         self._listeners: dict[str, Listener] = {}
         self._accepted = 0
+        self._most_clients = 0
+        self._refusal_told = -_REFUSAL_LOG_SECONDS
         self._stop = asyncio.Event()
         self._fast = asyncio.Event()
         self._gone = asyncio.Event()
@@ -79,14 +88,16 @@ class Worker:
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._hurry)
         place = directory.path(boot.config)
-        pool = Pool(conninfo(boot.config), pool_limits(boot.config), self._trouble)
+        pool = Pool(conninfo(boot.config), pool_limits(boot.config), self._trouble, self._over)
         self._services = Services(boot.config, pool, Cursors(place), boot.status, boot.slot)
         self._balance = Balance(boot.status, boot.slot)
+        self._set_limits(boot.config)
         if boot.config.server.documentdb is not None:
             await pool.open()
         keeper = Housekeeper(self._services, place)
         tasks = [loop.create_task(work) for work in (keeper.run(), self._tend())]
         self._beat()
+        self._watch_clients()
         loop.add_reader(boot.control.fileno(), self._controlled)
         self._listen(boot.listeners)
         self._slot.set(state=State.READY)
@@ -103,6 +114,9 @@ class Worker:
     def _trouble(self, text: str) -> None:
         self._services.trouble(text)
 
+    def _over(self, text: str) -> None:
+        self._services.over(text)
+
     # Clients.
 
     def _listen(self, sockets: dict[str, socket.socket]) -> None:
@@ -115,10 +129,9 @@ class Worker:
         }
 
     def _welcome(self, accepted: socket.socket) -> None:
-        connections = sum(slot.get("connections") for slot in self._boot.status.slots[1:])
-        if connections >= self._services.config.settings.max_connections:
-            _log.warning("too many clients (ferretdb.max_connections)", connections=connections)
-            accepted.close()
+        reason = self._reason_to_refuse()
+        if reason:
+            self._refuse(accepted, reason)
             return
         self._accepted += 1
         self._count(+1)
@@ -127,7 +140,31 @@ class Worker:
         client = Client(self._services, connection_id, _peer(accepted))
         connection = Connection(client, self._loop, self._left)
         self._clients.add(connection)
-        task = self._loop.create_task(self._attach(connection, accepted))
+        self._arrive(self._loop.create_task(self._attach(connection, accepted)))
+
+    def _reason_to_refuse(self) -> str:
+        """Why there is no room for one more client; empty if there is."""
+        if len(self._clients) >= self._most_clients:
+            return "too many connections for the limit of file descriptors (ulimit -n)"
+        connections = sum(slot.get("connections") for slot in self._balance.workers())
+        if connections >= self._services.config.settings.max_connections:
+            return "too many connections (ferretdb.max_connections)"
+        return ""
+
+    def _refuse(self, accepted: socket.socket, reason: str) -> None:
+        now = self._loop.time()
+        if now >= self._refusal_told + _REFUSAL_LOG_SECONDS:
+            self._refusal_told = now
+            _log.warning("refusing clients", reason=reason)
+            self._trouble(reason)
+        self._services.counters.errors += 1
+        if Refusal.waiting >= WAITING_AT_MOST:
+            accepted.close()
+            return
+        work = self._loop.connect_accepted_socket(lambda: Refusal(reason, self._loop), accepted)
+        self._arrive(self._loop.create_task(_attempt(work, accepted)))
+
+    def _arrive(self, task: asyncio.Task[None]) -> None:
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)
 
@@ -210,10 +247,18 @@ class Worker:
     def _configure(self, config: Config) -> None:
         services = self._services
         services.config = config
+        self._set_limits(config)
         log.configure(self._boot.channel, config.settings.log_level, f"worker {self._boot.slot}")
-        task = self._loop.create_task(self._follow(config))
-        self._arriving.add(task)
-        task.add_done_callback(self._arriving.discard)
+        self._arrive(self._loop.create_task(self._follow(config)))
+
+    def _set_limits(self, config: Config) -> None:
+        settings = config.settings
+        account = self._services.backlog
+        account.timeout = settings.client_timeout / 1000
+        account.limit = (settings.client_memory << 20) // settings.worker_count()
+        # Some descriptors are kept back, so that a client too many can be told and PostgreSQL be reached.
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_clients = descriptors - _KEPT_DESCRIPTORS - pool_limits(config).largest
 
     async def _follow(self, config: Config) -> None:
         """Bring the pool in line with a new configuration."""
@@ -248,6 +293,18 @@ class Worker:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self._services.engine.tend()
+
+    def _watch_clients(self) -> None:
+        self._services.backlog.tick()
+        self._loop.call_later(backlog.TICK_SECONDS, self._watch_clients)
+
+
+async def _attempt(work: Coroutine[Any, Any, object], accepted: socket.socket) -> None:
+    """A client may be gone before it is attached."""
+    try:
+        await work
+    except OSError:
+        accepted.close()
 
 
 def _resident_bytes() -> int:

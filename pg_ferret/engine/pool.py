@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC, datetime
+from typing import NamedTuple
 
 import psycopg
 import psycopg_pool
@@ -28,12 +30,23 @@ _INSTALLING_SECONDS = 5.0
 _log = structlog.get_logger()
 
 
+class _Unheeding(NamedTuple):
+    """A query that goes on though nobody waits for it: what was shown, and the time of the cancel request."""
+
+    text: str
+    since: datetime
+
+
 class Pool:
     """The worker's connections to PostgreSQL."""
 
-    def __init__(self, conninfo: str, limits: Limits, trouble: Callable[[str], None]) -> None:
-        """`trouble` is told when PostgreSQL cannot be reached."""
+    def __init__(
+        self, conninfo: str, limits: Limits, trouble: Callable[[str], None], over: Callable[[str], None]
+    ) -> None:
+        """`trouble` is told when PostgreSQL cannot be reached or does not obey, `over` when that has ended."""
         self._trouble = trouble
+        self._over = over
+        self._unheeding: dict[Backend, _Unheeding] = {}
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._idle: list[Backend] = []
@@ -86,6 +99,7 @@ class Pool:
         self._limits = Limits(0, 0, self._limits.wait_seconds)
         for task in tuple(self._tasks):
             task.cancel()
+        self._all.update(self._unheeding)
         for backend in tuple(self._all):
             await self._give_back(backend)
         await self._source.close()
@@ -117,11 +131,11 @@ class Pool:
         backend = await self._next()
         return await backend.execute(call, params, timeout_ms)
 
-    def abandon(self) -> None:
-        """Cancel the calls for which nobody waits any more."""
+    def abandon(self, request: str) -> None:
+        """Cancel the calls for which nobody waits any more; ``request`` tells what they were made for."""
         for backend in self._all:
             if backend.abandoned:
-                self._spawn(self._recover(backend))
+                self._spawn(self._recover(backend, request))
 
     async def _next(self) -> Backend:
         """The connection that comes free for us."""
@@ -159,6 +173,8 @@ class Pool:
 
     def _release(self, backend: Backend) -> None:
         """A connection has come free."""
+        if self._unheeding and not self._heeds(backend):
+            return
         if len(self._all) > self._limits.largest:
             self._spawn(self._give_back(backend))
             return
@@ -170,13 +186,31 @@ class Pool:
         backend.idle_ticks = 0
         self._idle.append(backend)
 
-    async def _recover(self, backend: Backend) -> None:
+    async def _recover(self, backend: Backend, request: str) -> None:
         """The client went away in the middle of a call: cancel it, and keep the connection if it listens."""
+        since = datetime.now(UTC)
         await backend.cancel()
-        if backend.busy:
-            _log.warning("a query ignores its cancel request; its connection is replaced", backend_pid=backend.pid)
-            self._trouble(f"the query of PostgreSQL backend {backend.pid} ignores its cancel request")
-            await self._give_back(backend)
+        if not backend.busy or backend not in self._all:
+            return
+        # Its place is another's from now on.  We stay connected to see it end: hanging up would not stop it either.
+        text = f"{request}: PostgreSQL backend {backend.pid} ignores its cancel request since {since:%H:%M:%S} UTC"
+        _log.warning("a query ignores its cancel request", request=request, backend_pid=backend.pid, since=since)
+        self._trouble(text)
+        self._all.discard(backend)
+        self._unheeding[backend] = _Unheeding(text, since)
+        self._grow_if_needed()
+
+    def _heeds(self, backend: Backend) -> bool:
+        """Whether a connection that has come free may serve on; one that ignored us has just ended its query."""
+        late = self._unheeding.pop(backend, None)
+        if late is None:
+            return True
+        seconds = (datetime.now(UTC) - late.since).total_seconds()
+        _log.info("a query that ignored its cancel request has ended", backend_pid=backend.pid, seconds=round(seconds))
+        self._over(late.text)
+        self._all.add(backend)
+        self._spawn(self._give_back(backend))
+        return False
 
     def _grow_if_needed(self) -> None:
         if self._waiting or len(self._all) + self._growing < self._limits.smallest:
@@ -206,6 +240,8 @@ class Pool:
 
     def _ended(self, backend: Backend) -> None:
         """The server closed a connection: it must serve nobody, and psycopg_pool opens another."""
+        if self._unheeding and not self._heeds(backend):
+            return
         if backend in self._idle:
             self._idle.remove(backend)
         self._spawn(self._give_back(backend))

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from config.settings import Config
 from pg_ferret.engine.pool import Pool
+from pg_ferret.state.backlog import Backlog
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.status import StatusTable
 
@@ -27,7 +28,7 @@ class Counters:
 class Services:
     """One worker's share of everything."""
 
-    __slots__ = ("config", "counters", "cursors", "engine", "slot", "status")
+    __slots__ = ("backlog", "config", "counters", "cursors", "engine", "slot", "status")
 
     def __init__(self, config: Config, engine: Pool, cursors: Cursors, status: StatusTable, slot: int) -> None:
         self.config = config  # replaced by the server when the configuration changes
@@ -36,10 +37,17 @@ class Services:
         self.status = status
         self.slot = slot
         self.counters = Counters()
+        self.backlog = Backlog()
 
     def trouble(self, text: str) -> None:
         """Show a problem as this worker's message in ferretdb.status."""
         self.status[self.slot].message = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {text}"
+
+    def over(self, text: str) -> None:
+        """A problem shown by ``trouble`` is over: it goes if nothing else was shown since."""
+        slot = self.status[self.slot]
+        if slot.message.endswith(f" UTC: {text}"):
+            slot.message = ""
 
 
 class Client:

@@ -63,8 +63,8 @@ class Cursors:
                 transaction.put(key, _pack(cursor))
                 if cursor.session:
                     transaction.put(cursor.session, key, db=self._by_session)
-        except lmdb.MapFullError:
-            raise CommandError(146, "too many open cursors") from None
+        except lmdb.Error as error:
+            raise _refused(error) from None
 
     def advance(self, cursor_id: int, cursor: Cursor) -> bool:
         """Store a cursor's new continuation and expiry, unless it was killed meanwhile; tells whether it lives."""
@@ -74,8 +74,8 @@ class Cursors:
                 if transaction.get(key) is None:
                     return False
                 transaction.put(key, _pack(cursor))
-        except lmdb.MapFullError:
-            raise CommandError(146, "too many open cursors") from None
+        except lmdb.Error as error:
+            raise _refused(error) from None
         return True
 
     def get(self, cursor_id: int) -> Cursor | None:
@@ -126,6 +126,13 @@ class Cursors:
     def close(self) -> None:
         """Unmap the registry; it goes on to exist for the other workers."""
         self._env.close()
+
+
+def _refused(error: lmdb.Error) -> CommandError:
+    """The registry cannot take a cursor: it has reached its own size, or its file system is full."""
+    if isinstance(error, lmdb.MapFullError):
+        return CommandError(146, "too many open cursors")
+    return CommandError(14031, f"the cursor cannot be kept in ferretdb.state_dir: {error}")
 
 
 def _pack(cursor: Cursor) -> bytes:

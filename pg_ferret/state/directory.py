@@ -16,6 +16,9 @@ from config.settings import Config
 from pg_ferret.errors import StateDirError
 
 _IDENTITY = "postmaster"
+# LMDB's table of readers beside cursors.mdb: 2,048 of 64 bytes, and its head.
+_LOCK_FILE = "cursors.mdb-lock"
+_LOCK_BYTES = 2049 * 64
 
 
 def path(config: Config) -> Path:
@@ -48,9 +51,19 @@ def prepare(config: Config) -> Path:
             shutil.rmtree(place)
             _make_private(place)
             known.write_text(identity)
+        _reserve(place)
     except OSError as error:
         raise StateDirError(f"ferretdb.state_dir: {place}: {error.strerror or error}") from error
     return place
+
+
+def _reserve(place: Path) -> None:
+    """Have the room that is written to through a memory map: a full file system would end a worker by SIGBUS."""
+    descriptor = os.open(place / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, _LOCK_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _make_private(place: Path) -> None:

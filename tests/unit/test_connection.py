@@ -12,6 +12,7 @@ import pytest
 from pg_ferret import registry
 from pg_ferret.connection import Connection
 from pg_ferret.registry import Command
+from pg_ferret.state.backlog import Backlog
 from pg_ferret.state.client import Client, Counters
 from pg_ferret.wire.message import Request
 
@@ -41,6 +42,9 @@ class Transport(asyncio.Transport):
     def resume_reading(self) -> None:
         self.reading = True
 
+    def get_write_buffer_size(self) -> int:
+        return 100
+
     def replies(self) -> list[tuple[int, dict[str, Any]]]:
         """The answered ids and the documents."""
         return [(struct.unpack_from("<i", frame, 8)[0], bson.decode(frame[21:])) for frame in self.written]
@@ -53,10 +57,12 @@ class Services:
         self.counters = Counters()
         self.troubles: list[str] = []
         self.engine = self
-        self.abandoned = 0
+        self.abandoned: list[str] = []
+        self.backlog = Backlog()
+        self.backlog.limit = 1 << 40
 
-    def abandon(self) -> None:
-        self.abandoned += 1
+    def abandon(self, request: str) -> None:
+        self.abandoned.append(request)
 
     def trouble(self, text: str) -> None:
         self.troubles.append(text)
@@ -166,7 +172,7 @@ async def test_a_client_that_goes_away_ends_its_request(gate: asyncio.Event) -> 
     rig.connection.connection_lost(None)
     await settle()
     assert rig.gone == 1
-    assert rig.services.abandoned == 1
+    assert rig.services.abandoned == ["slow admin"]
     assert rig.services.counters.in_flight == 0
     assert rig.transport.written == []
 
@@ -266,3 +272,29 @@ def test_a_command_cannot_be_registered_twice() -> None:
         registry.command("ping", help="again")(registry.COMMANDS[b"ping"].handler)
     with pytest.raises(ValueError, match="explain"):
         registry.command("explain", help="known but missing")(registry.COMMANDS[b"ping"].handler)
+
+
+async def test_what_a_client_holds_is_accounted_for(gate: asyncio.Event) -> None:
+    rig = Rig()
+    backlog = rig.services.backlog
+    frame = message({"slow": 1})
+    rig.connection.data_received(frame[:10])
+    assert backlog.held == 10
+    rig.connection.data_received(frame[10:] + frame)
+    assert backlog.held == 2 * len(frame)
+    gate.set()
+    await settle()
+    assert backlog.held == 0
+    rig.connection.pause_writing()
+    assert backlog.held == 100
+    rig.connection.connection_lost(None)
+    assert backlog.held == 0
+
+
+async def test_a_message_that_came_whole_is_not_accounted_for(gate: asyncio.Event) -> None:
+    rig = Rig()
+    rig.connection.data_received(message({"slow": 1}))
+    assert rig.services.backlog.held == 0
+    gate.set()
+    await settle()
+    assert len(rig.transport.written) == 1

@@ -23,7 +23,7 @@ ROWS = (
     "pg_ferret.registry",
     "pg_ferret.commands",
     "pg_ferret.dispatch | pg_ferret.housekeeping",
-    "pg_ferret.connection | pg_ferret.listener",
+    "pg_ferret.connection | pg_ferret.listener | pg_ferret.refusal",
     "pg_ferret.server",
     "supervisor",
 )
