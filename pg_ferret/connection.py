@@ -16,6 +16,8 @@ from pg_ferret.state.client import Client
 from pg_ferret.wire.message import frame_length
 
 _log = structlog.get_logger()
+# Sends a descriptor to the other workers; False if that is not possible now.
+HandOver = Callable[[int], bool]
 # Requests that a client sends ahead are answered in order; beyond this many they stay in the socket.
 _AHEAD = 4
 # After so many answers without a wait, let the other clients have a turn.
@@ -40,6 +42,7 @@ class Connection(asyncio.Protocol):
         "_closed",
         "_draining",
         "_frame",
+        "_hand_over",
         "_held",
         "_loop",
         "_need",
@@ -66,6 +69,7 @@ class Connection(asyncio.Protocol):
         self._buffer: bytearray | None = None  # the beginning of a message of at least `_need` bytes
         self._need = 4
         self._held = False  # whether the worker's account of memory knows of us
+        self._hand_over: HandOver | None = None  # there while the worker wants to get rid of us
         self._frame = b""  # the message that is being answered
         self._serving = 0  # bytes of the message that is being answered, if it did not come in one piece
 
@@ -179,6 +183,8 @@ class Connection(asyncio.Protocol):
                 self._account()
         if self._draining:
             transport.close()
+        elif self._hand_over is not None:
+            self.move(self._hand_over)
 
     def _next(self) -> bytes:
         assert self._ahead is not None
@@ -225,6 +231,24 @@ class Connection(asyncio.Protocol):
             self._task.cancel()
             services.engine.abandon(describe(self._frame))
         self._closed(self)
+
+    def move(self, hand_over: HandOver) -> bool:
+        """Go to another worker, at once or as soon as the requests at hand are answered; True if that is done.
+
+        The client notices nothing: what it has sent and we have not read, the other one reads.
+        """
+        self._hand_over = hand_over
+        transport = self._transport
+        if transport is None or self._busy or self._buffer is not None or transport.get_write_buffer_size():
+            return False
+        if not hand_over(transport.get_extra_info("socket").fileno()):
+            return False
+        transport.abort()  # our descriptor only: the connection lives on in the other worker
+        return True
+
+    def stay(self) -> None:
+        """Forget ``move``: there is nobody to go to."""
+        self._hand_over = None
 
     def close_if_quiet(self) -> None:
         """Close if nothing has come since this was last asked and nothing is to be answered."""

@@ -14,16 +14,13 @@ from pathlib import Path
 
 import structlog
 
-from pg_ferret.commands.cursors import end
+from pg_ferret.commands.cursors import end, id_array
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
 from pg_ferret.state.client import Services
 
 _TTL_SECONDS = 60.0
 _LONGEST_PAUSE = 15.0
-# A file whose registry entry is gone (its worker died between the two) may lie this long: noCursorTimeout cursors,
-# which must not be taken for one, are seldom idle for a day.
-_ORPHAN_SECONDS = b"86400"
 _log = structlog.get_logger()
 
 
@@ -66,9 +63,19 @@ class Housekeeper:
         if expired:
             await end(expired, services)
             _log.debug("cursors expired", cursors=len(expired))
+        await self._remove_orphans()
         now = time.monotonic()
         if now - self._rows_expired_at >= _TTL_SECONDS:
             self._rows_expired_at = now
             if not services.config.server.in_recovery:
                 await services.engine.call(calls.DELETE_EXPIRED_ROWS, ())
-            await services.engine.call(calls.CURSOR_DIRECTORY_CLEANUP, (_ORPHAN_SECONDS,))
+
+    async def _remove_orphans(self) -> None:
+        """Files of cursors that are in no registry: their worker died before it could enter them."""
+        services = self._services
+        idle = str(services.config.settings.cursor_timeout / 1000).encode()
+        (found,) = await services.engine.call(calls.IDLE_CURSOR_FILES, (idle,))
+        orphans = [number for number in map(int, (found or b"").split()) if not services.cursors.known(number)]
+        if orphans:
+            await services.engine.call(calls.DELETE_CURSORS, (id_array(orphans),))
+            _log.debug("cursor files without a cursor removed", files=len(orphans))

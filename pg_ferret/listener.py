@@ -63,14 +63,14 @@ class Listener:
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
-            if self._balance.ahead():
+            if self._too_many():
                 self._passed += 1
                 if self._passed >= _TURNS_TO_LET_PASS:
                     self._passed = 0
                     self._pause(_STEP_BACK_SECONDS)
                 return
             try:
-                client, _ = self._socket.accept()
+                client = self._take()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -80,8 +80,18 @@ class Listener:
                 self._pause(_OUT_OF_DESCRIPTORS_SECONDS)
                 return
             self._passed = 0
+            if client is None:
+                continue
             client.setblocking(False)
             self._accepted(client)
+
+    def _too_many(self) -> bool:
+        """Whether another worker should rather take the next one."""
+        return self._balance.ahead()
+
+    def _take(self) -> socket.socket | None:
+        client, _ = self._socket.accept()
+        return client
 
     def close(self) -> None:
         """Stop accepting; the other workers' sockets stay open."""
@@ -90,6 +100,17 @@ class Listener:
         else:
             self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+
+
+class Adopter(Listener):
+    """Takes the clients that other workers hand over, which leave or have too many of them."""
+
+    def _too_many(self) -> bool:
+        return self._balance.above()  # stricter: nobody takes back what it has just given away
+
+    def _take(self) -> socket.socket | None:
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 16, 1, socket.MSG_DONTWAIT)
+        return socket.socket(fileno=descriptors[0]) if descriptors else None
 
 
 class Balance:
@@ -114,10 +135,27 @@ class Balance:
     def _takes_clients(self, other: Slot) -> bool:
         return other.get("state") == State.READY and other.heartbeat_age() < _STALE_SECONDS
 
+    def others(self) -> bool:
+        """Whether another worker takes clients."""
+        return any(self._takes_clients(slot) for slot in self.workers() if slot is not self._mine)
+
     def ahead(self) -> bool:
         """Whether this worker has clearly more clients than the least loaded one."""
         mine = self._mine.get("connections")
         if mine <= _LEAD:
             return False
-        least = min((slot.get("connections") for slot in self.workers() if self._takes_clients(slot)), default=mine)
+        least = min(self._loads(), default=mine)
         return mine > least + _LEAD + least // 16
+
+    def above(self) -> bool:
+        """Whether any worker has fewer clients than this one."""
+        mine = self._mine.get("connections")
+        return mine > min(self._loads(), default=mine)
+
+    def excess(self) -> int:
+        """How many clients this worker has beyond the mean."""
+        loads = self._loads()
+        return max(0, self._mine.get("connections") - -(-sum(loads) // max(1, len(loads))))
+
+    def _loads(self) -> list[int]:
+        return [slot.get("connections") for slot in self.workers() if self._takes_clients(slot)]

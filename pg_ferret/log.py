@@ -20,6 +20,8 @@ import structlog
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # SO_SNDBUF bounds a SEQPACKET message; a traceback longer than this says nothing more.
 MAX_LINE_BYTES = 16_000
+# A library that tries again every second says so only now and then.
+_SAME_LINE_SECONDS = 30.0
 # This process's latest lines as MongoDB writes them, for getLog.
 recent: deque[str] = deque(maxlen=1024)
 
@@ -60,9 +62,18 @@ class ChannelLogger:
 class _Forwarder(logging.Handler):
     """What libraries log by the standard library, psycopg_pool and asyncio above all."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = ""
+        self._last_at = 0.0
+
     def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.name}: {record.getMessage()}"
+        if text == self._last and record.created - self._last_at < _SAME_LINE_SECONDS:
+            return
+        self._last, self._last_at = text, record.created
         event = structlog.get_logger().warning if record.levelno >= logging.WARNING else structlog.get_logger().debug
-        event(f"{record.name}: {record.getMessage()}", exc_info=record.exc_info or None)
+        event(text, exc_info=record.exc_info or None)
 
 
 def configure(channel: socket.socket, level: str, process: str) -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import structlog
@@ -25,7 +26,7 @@ from pg_ferret.connection import Connection
 from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.pool import TICK_SECONDS, Pool
 from pg_ferret.housekeeping import Housekeeper
-from pg_ferret.listener import Balance, Listener
+from pg_ferret.listener import Adopter, Balance, Listener
 from pg_ferret.refusal import WAITING_AT_MOST, Refusal
 from pg_ferret.state import backlog, directory
 from pg_ferret.state.client import Client, Services
@@ -36,6 +37,8 @@ _log = structlog.get_logger()
 _BEAT_SECONDS = 0.25
 # A client that has asked nothing for so long looks at its connection before it asks again.
 _QUIET_SECONDS = 1.0
+# How often a worker that leaves looks for clients that have not moved yet.
+_MOVE_SECONDS = 0.05
 _LAST_REQUEST_SECONDS = 1.0
 _CONTROL_BYTES = 1 << 18
 _MAX_LISTENERS = 250
@@ -55,6 +58,7 @@ class Boot:
     control: socket.socket  # SEQPACKET: the new configuration, with the sockets that belong to it
     status: StatusTable
     channel: socket.socket  # to the launcher, for log lines
+    handover: tuple[socket.socket, socket.socket]  # shared by all workers: clients go in at [0] and come out at [1]
 
 
 def serve(boot: Boot) -> int:
@@ -74,6 +78,7 @@ class Worker:
         self._arriving: set[asyncio.Task[None]] = set()
         self._listeners: dict[str, Listener] = {}
         self._accepted = 0
+        self._number = 0
         self._most_clients = 0
         self._refusal_told = -_REFUSAL_LOG_SECONDS
         self._stop = asyncio.Event()
@@ -100,9 +105,11 @@ class Worker:
         self._watch_clients()
         loop.add_reader(boot.control.fileno(), self._controlled)
         self._listen(boot.listeners)
+        adopter = Adopter("other workers", boot.handover[1].dup(), loop, self._balance, self._adopt)
         self._slot.set(state=State.READY)
         _log.info("ready")
         await self._stop.wait()
+        adopter.close()
         await self._drain()
         for task in tasks:
             task.cancel()
@@ -134,9 +141,14 @@ class Worker:
             self._refuse(accepted, reason)
             return
         self._accepted += 1
+        self._adopt(accepted)
+
+    def _adopt(self, accepted: socket.socket) -> None:
+        """Serve a client, a new one or another worker's."""
+        self._number += 1
         self._count(+1)
         # Unique among the connections that are open at the same time.
-        connection_id = (self._accepted * len(self._boot.status) + self._boot.slot) & 0x7FFFFFFF
+        connection_id = (self._number * len(self._boot.status) + self._boot.slot) & 0x7FFFFFFF
         client = Client(self._services, connection_id, _peer(accepted))
         connection = Connection(client, self._loop, self._left)
         self._clients.add(connection)
@@ -188,25 +200,55 @@ class Worker:
         self._slot.set(connections=self._slot.get("connections") + change)
 
     async def _drain(self) -> None:
-        """Accept nobody, let clients leave, then close everything.
+        """Accept nobody and let every client go.
 
-        A connection that is closed under a client's hands costs it a failed request.  So those that have been quiet
-        for a while go first (drivers look at such a connection before they use it again), and the others when they
-        have become quiet or the time is up.
+        Clients move to other workers between two requests and notice nothing.  If there is no other worker, closing a
+        connection under a client's hands would cost it a failed request: those that have been quiet for a while go
+        first (drivers look at such a connection before they use it again), and the others when they have become quiet
+        or the time is up.
         """
         self._slot.set(state=State.DRAINING)
         self._listen({})
         deadline = self._loop.time() + self._services.config.settings.graceful_timeout / 1000
         while self._clients and not self._fast.is_set() and self._loop.time() < deadline:
-            for connection in tuple(self._clients):
-                connection.close_if_quiet()
-            await self._pause(min(_QUIET_SECONDS, deadline - self._loop.time()), self._gone, self._fast)
+            if self._balance.others():
+                seconds = _MOVE_SECONDS
+                self._move(len(self._clients))
+            else:
+                seconds = _QUIET_SECONDS
+                for connection in tuple(self._clients):
+                    connection.stay()
+                    connection.close_if_quiet()
+            await self._pause(min(seconds, deadline - self._loop.time()), self._gone, self._fast)
         for connection in tuple(self._clients):
             connection.drain()
         await self._pause(_LAST_REQUEST_SECONDS, self._gone)
         for connection in tuple(self._clients):
             connection.abort()
+        self._close_unadopted()
         self._slot.set(state=State.STOPPING)
+
+    def _move(self, most: int) -> None:
+        """Have so many clients go to other workers, as soon as each is between two requests."""
+        for connection in tuple(islice(self._clients, most)):
+            connection.move(self._hand_over)
+
+    def _hand_over(self, descriptor: int) -> bool:
+        try:
+            socket.send_fds(self._boot.handover[0], [b"c"], [descriptor], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            return False  # too many are under way
+        return True
+
+    def _close_unadopted(self) -> None:
+        """The last worker to leave takes along those that were handed over to one that then left as well."""
+        while not self._balance.others():
+            try:
+                _, descriptors, _, _ = socket.recv_fds(self._boot.handover[1], 16, 1, socket.MSG_DONTWAIT)
+            except OSError:
+                return
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     async def _pause(self, seconds: float, *events: asyncio.Event) -> None:
         """Until one of the events or the time."""
@@ -296,6 +338,8 @@ class Worker:
 
     def _watch_clients(self) -> None:
         self._services.backlog.tick()
+        if self._balance.ahead() and not self._stop.is_set():
+            self._move(self._balance.excess())
         self._loop.call_later(backlog.TICK_SECONDS, self._watch_clients)
 
 

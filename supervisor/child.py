@@ -37,6 +37,7 @@ class Spawn:
     control: socket.socket
     status: StatusTable
     channel: socket.socket
+    handover: tuple[socket.socket, socket.socket]
 
 
 Work = Callable[[Spawn], int]

@@ -64,6 +64,8 @@ class Crew:
         self._work = work
         self._system = system
         self._controls: dict[int, socket.socket] = {}
+        # Through it a worker that leaves hands its clients to the others; datagrams, so that one is one client.
+        self._handover = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._untold: set[int] = set()
         self._reported = ""
         self._farewell = signal.SIGTERM  # drain: clients are left time to go
@@ -146,9 +148,11 @@ class Crew:
                     self._bury(seat, seat.process, wait_status)
 
     def close(self) -> None:
-        """Close the control sockets."""
+        """Close the control sockets and the one between the workers."""
         while self._controls:
             self._controls.popitem()[1].close()
+        for sock in self._handover:
+            sock.close()
 
     # -- one worker ---------------------------------------------------------------------------------------------
 
@@ -181,7 +185,7 @@ class Crew:
             pid = self._system.fork()
             if pid == 0:
                 config, listeners = self.orders.config, dict(self.orders.listeners)
-                spawn = child.Spawn(seat.slot, config, listeners, theirs, self._table, self._channel)
+                spawn = child.Spawn(seat.slot, config, listeners, theirs, self._table, self._channel, self._handover)
                 child.enter(spawn, self._work, parent, [ours, *self._controls.values(), *self.private])
         except OSError:
             ours.close()

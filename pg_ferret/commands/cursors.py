@@ -89,9 +89,13 @@ async def end(cursor_ids: list[int], services: Services) -> list[int]:
     """Forget cursors and have the engine delete what it keeps of them; returns those that were known."""
     gone = services.cursors.remove(cursor_ids)
     if gone:
-        array = "{" + ",".join(map(str, gone)) + "}"
-        await services.engine.call(calls.DELETE_CURSORS, (array.encode(),))
+        await services.engine.call(calls.DELETE_CURSORS, (id_array(gone),))
     return gone
+
+
+def id_array(cursor_ids: list[int]) -> bytes:
+    """Cursor ids as PostgreSQL's bigint[]."""
+    return b"{%s}" % ",".join(map(str, cursor_ids)).encode()
 
 
 def _ids(name: bytes, values: list[int]) -> bytes:

@@ -7,6 +7,7 @@ statement that failed.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,10 @@ _CONSTRAINT = re.compile(r"constraint \"documents_rum_index_(\d+)\"")
 _ID_INDEX = "_id_"
 # Larger than any MongoDB code and smaller than any packed SQLSTATE.
 _LARGEST_CODE = 1_000_000
+# Beyond so many characters of explanations, an error is told by its code alone, as MongoDB does: a reply is bounded.
+_MOST_TEXT = 1 << 20
+# So many errors are explained before other clients have a turn.
+_TURN = 200
 
 
 def unpacked(code: int, message: str) -> tuple[int, str]:
@@ -43,15 +48,20 @@ async def rebuild(reply: bytes, statements: bytes, request: Request, client: Cli
     """
     document = decode(reply)
     keys = _Keys(request, client)
+    written = _Statements(request, statements)
     errors = []
-    for entry in document.get("writeErrors", ()):
+    told = 0
+    for number, entry in enumerate(document.get("writeErrors", ())):
         code, message = unpacked(entry["code"], entry["errmsg"])
         if code in sqlstate.WHOLE_COMMAND:
             raise CommandError(code, message)
-        error = {"index": entry["index"], "code": code, "errmsg": message}
-        if code == sqlstate.DUPLICATE_KEY:
-            error |= await keys.describe(message, _inserted(request, statements, entry["index"]))
+        error = {"index": entry["index"], "code": code, "errmsg": message if told < _MOST_TEXT else ""}
+        if code == sqlstate.DUPLICATE_KEY and told < _MOST_TEXT:
+            error |= await keys.describe(message, written.document(entry["index"]))
+        told += len(error["errmsg"])
         errors.append(error)
+        if number % _TURN == _TURN - 1:
+            await asyncio.sleep(0)
     return encode(document | {"writeErrors": errors, "ok": 1.0})
 
 
@@ -64,14 +74,6 @@ async def explained(error: EngineError, request: Request, client: Client) -> Com
     described = await _Keys(request, client).describe(message, _known(change))
     text = described.pop("errmsg")
     return CommandError(code, text, details=encode(described)[4:-1])
-
-
-def _inserted(request: Request, statements: bytes, index: int) -> Mapping[str, Any] | None:
-    """The document that statement ``index`` of an insert or update was to store, as far as it is known."""
-    statement = _statement(request, statements, index)
-    if statement is None or statements == b"documents":
-        return statement
-    return _known(statement.get("u"))
 
 
 def _known(change: Any) -> Mapping[str, Any] | None:
@@ -87,20 +89,26 @@ def _known(change: Any) -> Mapping[str, Any] | None:
     return known
 
 
-def _statement(request: Request, name: bytes, index: int) -> RawBSONDocument | None:
-    sequence = request.sequences.get(name)
-    if sequence is not None:
-        for number, item in enumerate(bson.split_sequence(sequence)):
-            if number == index:
-                return RawBSONDocument(bytes(item))
-        return None
-    kind, start, end = request.fields.get(name, (bson.NULL, 0, 0))
-    if kind != bson.ARRAY:
-        return None
-    items = list(bson.scan(request.frame, start, end).values())
-    if index >= len(items):
-        return None
-    return RawBSONDocument(request.frame[items[index][1] : items[index][2]])
+class _Statements:
+    """The statements of a write command; found once, not for each that failed."""
+
+    def __init__(self, request: Request, name: bytes) -> None:
+        self._are_documents = name == b"documents"
+        sequence = request.sequences.get(name)
+        kind, start, end = request.fields.get(name, (bson.NULL, 0, 0))
+        self._items: list[memoryview] = []
+        if sequence is not None:
+            self._items = list(bson.split_sequence(sequence))
+        elif kind == bson.ARRAY:
+            frame = memoryview(request.frame)
+            self._items = [frame[first:last] for _, first, last in bson.scan(request.frame, start, end).values()]
+
+    def document(self, index: int) -> Mapping[str, Any] | None:
+        """The document that statement ``index`` of an insert or update was to store, as far as it is known."""
+        if index >= len(self._items):
+            return None
+        statement = RawBSONDocument(bytes(self._items[index]))
+        return statement if self._are_documents else _known(statement.get("u"))
 
 
 class _Keys:

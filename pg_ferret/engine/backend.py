@@ -30,6 +30,7 @@ _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
 _CANCEL_SECONDS = 5.0
 _PAGE_COLUMNS = 3
+_LARGE_BYTES = 1 << 20
 
 
 class Session(psycopg.AsyncConnection[TupleRow]):
@@ -59,6 +60,7 @@ class Backend:
         "busy",
         "idle_ticks",
         "lost",
+        "swollen",
     )
 
     def __init__(
@@ -82,6 +84,7 @@ class Backend:
         self._waiter: asyncio.Future[Row] | None = None
         self._writing = False
         self.lost = False
+        self.swollen = False  # its buffers have grown for a large message, and libpq never gives them back
         self.idle_ticks = 0  # how often the pool has found it idle in a row
         pg.enter_pipeline_mode()
         self._socket = pg.socket
@@ -115,6 +118,7 @@ class Backend:
             pg.pipeline_sync()
             if pg.flush():
                 self._writing = True
+                self.swollen = True
                 self._loop.add_writer(self._socket, self._writable)
         except psycopg.Error:
             self._end()
@@ -148,7 +152,10 @@ class Backend:
             if not result.ntuples:
                 self._row = ()
             elif result.nfields == _PAGE_COLUMNS:  # the hot path, spelled out
-                self._row = (get(0, 0), get(0, 1), get(0, 2))
+                page = get(0, 0)
+                if page is not None and len(page) > _LARGE_BYTES:
+                    self.swollen = True
+                self._row = (page, get(0, 1), get(0, 2))
             else:
                 self._row = tuple([get(0, column) for column in range(result.nfields)])
         elif status == _PIPELINE_SYNC:

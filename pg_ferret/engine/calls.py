@@ -106,9 +106,15 @@ DROP_INDEXES = _call("drop_indexes", "CALL documentdb_api.drop_indexes($1, $2, N
 
 # Housekeeping.
 DELETE_EXPIRED_ROWS = _call("delete_expired_rows", "CALL documentdb_api_internal.delete_expired_rows(-1)", ())
-# (idle seconds) -> nothing of use
-CURSOR_DIRECTORY_CLEANUP = _call(
-    "cursor_directory_cleanup", "SELECT documentdb_api_internal.cursor_directory_cleanup($1)", (TEXT,)
+# (idle seconds) -> the ids of cursors whose files nobody has touched for so long, as text divided by blanks, or NULL
+IDLE_CURSOR_FILES = _call(
+    "idle_cursor_files",
+    "SELECT string_agg(substr(name, 8), ' ')"
+    " FROM pg_catalog.pg_ls_dir('pg_documentdb_cursor_files', true, false) AS name,"
+    " LATERAL pg_catalog.pg_stat_file('pg_documentdb_cursor_files/' || name, true) AS file"
+    " WHERE name ~ '^cursor_[0-9]{1,19}$'"
+    " AND file.modification < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)",
+    (TEXT,),
 )
 # (milliseconds): bounds the call that follows it in the same batch
 STATEMENT_TIMEOUT = _call("statement_timeout", "SELECT pg_catalog.set_config('statement_timeout', $1, true)", (TEXT,))

@@ -23,8 +23,12 @@ from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.errors import CommandError
 
-TICK_SECONDS = 30.0
-_IDLE_TICKS = 20
+TICK_SECONDS = 5.0
+_IDLE_TICKS = 120
+# psycopg_pool tries again after one second, then after two, after four …: rather begin anew, so that the service is
+# back within a second of PostgreSQL.
+_CONNECT_SECONDS = 2.0
+_GIVEN_BACK_SECONDS = 1.0
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
 _INSTALLING_SECONDS = 5.0
 _log = structlog.get_logger()
@@ -53,6 +57,7 @@ class Pool:
         self._all: set[Backend] = set()
         self._waiting: deque[asyncio.Future[Backend]] = deque()
         self._growing = 0
+        self._reachable = True
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -63,8 +68,10 @@ class Pool:
             max_size=max(limits.largest, limits.smallest, 1),
             kwargs={"autocommit": True},
             open=False,
-            reconnect_timeout=30.0,
-            max_idle=TICK_SECONDS * _IDLE_TICKS,
+            reconnect_timeout=_CONNECT_SECONDS,
+            timeout=_CONNECT_SECONDS * 1.25,
+            # What is idle there has been given back: psycopg_pool closes one connection each time.
+            max_idle=_GIVEN_BACK_SECONDS,
         )
 
     @property
@@ -225,15 +232,19 @@ class Pool:
         try:
             connection = await self._source.getconn()
         except (psycopg_pool.PoolTimeout, psycopg.Error) as error:
-            _log.warning("cannot connect to PostgreSQL", error=str(error).strip())
-            self._trouble(f"cannot connect to PostgreSQL: {error}")
             self._growing -= 1
+            if self._reachable:  # psycopg_pool logs the reason
+                self._reachable = False
+                self._trouble(f"cannot connect to PostgreSQL: {error}")
             self._grow_if_needed()
             return
         except asyncio.CancelledError:
             self._growing -= 1
             raise
         self._growing -= 1
+        if not self._reachable:
+            self._reachable = True
+            _log.info("connected to PostgreSQL again")
         backend = Backend(connection, self._loop, self._release, self._ended)
         self._all.add(backend)
         self._release(backend)
@@ -252,7 +263,7 @@ class Pool:
         self._all.discard(backend)
         if backend in self._idle:
             self._idle.remove(backend)
-        broken = backend.lost or backend.busy
+        broken = backend.lost or backend.busy or backend.swollen
         backend.detach()
         if broken:
             await backend.connection.close()
@@ -266,7 +277,7 @@ class Pool:
         for backend in tuple(self._idle):
             backend.idle_ticks += 1
             spare = len(self._all) > self._limits.smallest and backend.idle_ticks > _IDLE_TICKS
-            if backend.lost or spare:
+            if backend.lost or spare or backend.swollen:
                 await self._give_back(backend)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -87,6 +87,11 @@ class Cursors:
         cursor = _unpack(record)
         return cursor if cursor.expires > time.time() else None
 
+    def known(self, cursor_id: int) -> bool:
+        """Whether there is such a cursor, expired or not."""
+        with self._env.begin(db=self._by_id) as transaction:
+            return transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF)) is not None
+
     def remove(self, cursor_ids: list[int]) -> list[int]:
         """Forget cursors; returns those that were known."""
         gone = []

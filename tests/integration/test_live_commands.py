@@ -149,3 +149,20 @@ def test_limits(database: Database[Document]) -> None:
     with pytest.raises(OperationFailure) as failure:
         database.large.insert_one({"x": "y" * (16 * 1024 * 1024)})
     assert failure.value.code == 10334
+
+
+def test_a_long_batch_of_duplicates_stops_nobody(client: MongoClient[Document], database: Database[Document]) -> None:
+    """What every import does that is run twice."""
+    documents = [{"_id": number} for number in range(20_000)]
+    database.c.insert_many(documents)
+    started = time.monotonic()
+    with pytest.raises(BulkWriteError) as failure:
+        database.c.insert_many(documents, ordered=False)
+    # Quadratic, it was twenty seconds.
+    assert time.monotonic() - started < 8
+    errors = (failure.value.details or {})["writeErrors"]
+    assert len(errors) == len(documents)
+    assert {error["code"] for error in errors} == {11000}
+    assert (errors[1]["index"], errors[1]["keyValue"], errors[1]["keyPattern"]) == (1, {"_id": 1}, {"_id": 1})
+    # As MongoDB does, a megabyte of explanations is enough.
+    assert errors[-1]["errmsg"] == ""
