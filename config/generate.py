@@ -68,7 +68,9 @@ def settings_h() -> str:
     for item in settings():
         c_type = _C_TYPES[item.kind]
         storage = "" if item.name in _READ_BY_C else "static "
-        lines.append(f"{storage}{c_type}{'' if c_type.endswith('*') else ' '}{item.variable};")
+        # PostgreSQL with assertions wants an enum's variable to begin as its default, or as 0 if that is the default.
+        start = f" = {item.options.index(item.default)}" if item.options else ""
+        lines.append(f"{storage}{c_type}{'' if c_type.endswith('*') else ' '}{item.variable}{start};")
     for item in settings():
         if item.options:
             entries = [f'\t{{"{option}", {number}, false}},' for number, option in enumerate(item.options)]

@@ -105,7 +105,9 @@ class Settings(BaseModel, frozen=True):
         int, Field(ge=0, le=10_000), Guc("Connections to PostgreSQL kept open, all workers together.")
     ] = 4
     pool_max_conns: Annotated[
-        int, Field(ge=1, le=10_000), Guc("Connections to PostgreSQL allowed, all workers together.")
+        int,
+        Field(ge=1, le=10_000),
+        Guc("Connections to PostgreSQL allowed, all workers together; each worker has at least one."),
     ] = 40
     query_wait_timeout: Annotated[
         int,

@@ -32,6 +32,8 @@
 #define RECOVERY_POLL_MS 100	/* nothing tells of a promotion */
 #define RESEND_MS 20			/* the channel was full */
 #define REFRESH_RETRY_MS 1000
+#define SUPERVISOR_TIMEOUT_MS 30000	/* it reports every second */
+#define ABORT_GRACE_MS 1000		/* for its stack to be written */
 #define MESSAGES_PER_ROUND 100
 #define NEVER PG_INT64_MAX
 
@@ -85,6 +87,9 @@ static volatile sig_atomic_t child_changed = false;
 static pid_t supervisor = 0;
 static int	channel = -1;
 static int64 supervisor_born;
+static int64 supervisor_heard;	/* when it last reported */
+static bool supervisor_aborted;
+static int64 round_began;
 
 /* When to do what next, in milliseconds of the monotonic clock, and how often it failed. */
 static int64 spawn_at = 0;
@@ -220,7 +225,8 @@ spawn(void)
 		return;
 	}
 	supervisor = child;
-	supervisor_born = now_ms();
+	supervisor_born = supervisor_heard = now_ms();
+	supervisor_aborted = false;
 	settings_told = false;
 	role_told = true;			/* the settings say it */
 	rollings_told = rollings(); /* all its workers will be new */
@@ -329,6 +335,7 @@ receive(void)
 		switch (buffer[0])
 		{
 			case 's':
+				supervisor_heard = now_ms();
 				take_slot((unsigned char *) buffer + 1, size - 1);
 				break;
 			case 'e':
@@ -406,6 +413,33 @@ reap(void)
 		ereport(LOG, errmsg("pg_ferret: supervisor (PID %d) ended with %s, the next one starts in %d ms",
 							(int) pid, last_exit, (int) (spawn_at - now_ms())));
 	}
+}
+
+/*
+ * A supervisor that reports no more would not replace workers either: end it.
+ * If it is us who stood still, it is not to blame.
+ */
+static void
+watch_supervisor(void)
+{
+	int64		now = now_ms();
+	int64		silent;
+
+	if (now - round_began > SUPERVISOR_TIMEOUT_MS / 2)
+		supervisor_heard = now;
+	silent = now - supervisor_heard;
+	if (supervisor == 0 || silent < SUPERVISOR_TIMEOUT_MS)
+		return;
+	if (!supervisor_aborted)
+	{
+		ereport(WARNING, errmsg("pg_ferret: supervisor (PID %d) has not reported for %d s: ending it",
+								(int) supervisor, (int) (silent / 1000)));
+		kill(supervisor, SIGABRT);
+		kill(supervisor, SIGCONT);	/* a stopped process could not write its stack */
+		supervisor_aborted = true;
+	}
+	else if (silent >= SUPERVISOR_TIMEOUT_MS + ABORT_GRACE_MS)
+		kill(supervisor, SIGKILL);
 }
 
 /* Before exit, for whatever reason: take the process tree along.  Without us, PDEATHSIG does that. */
@@ -525,13 +559,16 @@ rest(uint32 wait_event)
 
 	if (supervisor == 0)
 		due = Min(due, spawn_at);
+	else
+		due = Min(due, supervisor_heard + SUPERVISOR_TIMEOUT_MS + (supervisor_aborted ? ABORT_GRACE_MS : 0));
 	if (news())
 		due = Min(due, now + RESEND_MS);
 	if (in_recovery)
 		due = Min(due, now + RECOVERY_POLL_MS);
 	if (channel >= 0)
 		events |= WL_SOCKET_READABLE;
-	due = Max(0, Min(due - now, 60000));
+	due = Max(0, Min(due - now, SUPERVISOR_TIMEOUT_MS / 4));
+	round_began = now;
 	WaitLatchOrSocket(MyLatch, events, channel >= 0 ? channel : PGINVALID_SOCKET, (long) due, wait_event);
 	ResetLatch(MyLatch);
 }
@@ -559,6 +596,7 @@ ferret_launcher_main(Datum arg)
 		receive();
 		if (child_changed)
 			reap();
+		watch_supervisor();
 		notice_promotion();
 		/* The supervisor must not wait for DDL, which may wait for locks. */
 		if (supervisor == 0 && now_ms() >= spawn_at)

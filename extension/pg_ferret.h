@@ -22,7 +22,7 @@ enum
 	TROUBLES
 };
 
-/* In shared memory, all of it under the lock. */
+/* In shared memory.  The launcher alone writes, under the lock (but rollings); what it reads of its own needs none. */
 typedef struct FerretShared
 {
 	LWLock	   *lock;

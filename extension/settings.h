@@ -16,7 +16,7 @@ static int ferret_client_memory;
 static int ferret_cursor_timeout;
 static int ferret_worker_timeout;
 static int ferret_graceful_timeout;
-static int ferret_log_level;
+static int ferret_log_level = 1;
 char *ferret_database;
 char *ferret_python;
 static char *ferret_state_dir;
@@ -128,7 +128,7 @@ define_settings(void)
 		0,
 		NULL, NULL, NULL);
 	DefineCustomIntVariable("ferretdb.pool_max_conns",
-		"Connections to PostgreSQL allowed, all workers together.",
+		"Connections to PostgreSQL allowed, all workers together; each worker has at least one.",
 		NULL,
 		&ferret_pool_max_conns,
 		40,

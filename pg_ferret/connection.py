@@ -47,6 +47,7 @@ class Connection(asyncio.Protocol):
         "_loop",
         "_need",
         "_paused",
+        "_refused",
         "_serving",
         "_task",
         "_touched",
@@ -62,6 +63,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._busy = False
         self._draining = False
+        self._refused = False
         self._touched = True
         self._paused = False
         self._writable: asyncio.Future[None] | None = None  # there while the client does not read its replies
@@ -135,6 +137,8 @@ class Connection(asyncio.Protocol):
 
     def _receive(self, frame: bytes) -> None:
         self._touched = True
+        if self._refused:
+            return  # behind what could not be understood
         if not self._busy:
             self._busy = True
             self._serving = 0 if self._buffer is None else len(frame)
@@ -201,6 +205,7 @@ class Connection(asyncio.Protocol):
         """The client does not speak the protocol: it alone is closed."""
         _log.info("closing a connection", peer=self._client.peer, reason=str(error))
         self._client.services.counters.errors += 1
+        self._refused = True
         self._ahead = None
         self._buffer = None
         if self._transport is not None:
@@ -239,7 +244,9 @@ class Connection(asyncio.Protocol):
         """
         self._hand_over = hand_over
         transport = self._transport
-        if transport is None or self._busy or self._buffer is not None or transport.get_write_buffer_size():
+        if transport is None or transport.is_closing() or self._busy:
+            return False
+        if self._buffer is not None or transport.get_write_buffer_size():
             return False
         if not hand_over(transport.get_extra_info("socket").fileno()):
             return False

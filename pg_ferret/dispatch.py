@@ -6,7 +6,7 @@ import structlog
 
 import pg_ferret.commands  # noqa: F401  (fills the registry)
 from pg_ferret import codes
-from pg_ferret.engine.sqlstate import command_error
+from pg_ferret.engine.sqlstate import TROUBLE, command_error
 from pg_ferret.errors import CommandError, EngineError, EngineLostError, ProtocolError
 from pg_ferret.registry import COMMANDS, MISSING, Command
 from pg_ferret.state.client import Client
@@ -15,8 +15,6 @@ from pg_ferret.wire.message import Request, parse, reply, reply_head
 
 _log = structlog.get_logger()
 _GATED = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
-# Codes that tell of the server's state rather than of the client's request.
-_TROUBLE = frozenset((1, 6, 91, 14031))
 _LEGACY_COMMANDS = frozenset((b"hello", b"isMaster", b"ismaster"))
 
 
@@ -72,7 +70,7 @@ def _failure(error: Exception, request: Request | None, client: Client) -> Comma
     failure = command_error(error)
     if failure.code == 1:
         _log.error("the engine failed", command=name, error=str(error))
-    if failure.code in _TROUBLE:
+    if failure.code in TROUBLE:
         client.services.trouble(f"{name}: {failure.message}")
     return failure
 

@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import os
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 
 import structlog
@@ -30,6 +31,7 @@ class Housekeeper:
     def __init__(self, services: Services, place: Path) -> None:
         self._services = services
         self._rows_expired_at = 0.0
+        self._expiring: asyncio.Task[None] | None = None
         self._lock = os.open(place / "housekeeper", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def close(self) -> None:
@@ -41,10 +43,19 @@ class Housekeeper:
         while True:
             await asyncio.sleep(self._pause())
             if self._mine() and self._services.config.server.documentdb is not None:
-                try:
-                    await self._tidy()
-                except (CommandError, EngineError, EngineLostError) as error:
-                    _log.warning("housekeeping failed and will be tried again", error=str(error))
+                # Documents that are past their time may take long to delete: cursors must not wait for that.
+                if self._expiring is None or self._expiring.done():
+                    self._expiring = asyncio.get_running_loop().create_task(self._try(self._expire_rows()))
+                await self._try(self._tidy())
+
+    async def _try(self, work: Coroutine[None, None, None]) -> None:
+        """Whatever goes wrong, there is a next time: without this task no cursor would expire any more."""
+        try:
+            await work
+        except (CommandError, EngineError, EngineLostError) as error:
+            _log.warning("housekeeping failed and will be tried again", error=str(error))
+        except Exception:
+            _log.exception("housekeeping failed unexpectedly and will be tried again")
 
     def _pause(self) -> float:
         """Expired cursors linger for at most a quarter of their time."""
@@ -64,11 +75,13 @@ class Housekeeper:
             await end(expired, services)
             _log.debug("cursors expired", cursors=len(expired))
         await self._remove_orphans()
+
+    async def _expire_rows(self) -> None:
+        services = self._services
         now = time.monotonic()
-        if now - self._rows_expired_at >= _TTL_SECONDS:
+        if now - self._rows_expired_at >= _TTL_SECONDS and not services.config.server.in_recovery:
             self._rows_expired_at = now
-            if not services.config.server.in_recovery:
-                await services.engine.call(calls.DELETE_EXPIRED_ROWS, ())
+            await services.engine.call(calls.DELETE_EXPIRED_ROWS, ())
 
     async def _remove_orphans(self) -> None:
         """Files of cursors that are in no registry: their worker died before it could enter them."""

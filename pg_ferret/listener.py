@@ -119,7 +119,6 @@ class Balance:
     def __init__(self, status: StatusTable, slot: int) -> None:
         self._status = status
         self._mine = status[slot]
-        self._slot = slot
         self._workers: list[Slot] = []
         self._looked = -_LOOK_SECONDS
 

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import socket
-from collections import deque
+import time
+from collections import Counter, deque
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,10 +21,35 @@ import structlog
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # SO_SNDBUF bounds a SEQPACKET message; a traceback longer than this says nothing more.
 MAX_LINE_BYTES = 16_000
+# At most so many lines of one event in so many seconds.
+_LINES_IN_WINDOW = 20
+_WINDOW_SECONDS = 10.0
 # A library that tries again every second says so only now and then.
 _SAME_LINE_SECONDS = 30.0
 # This process's latest lines as MongoDB writes them, for getLog.
 recent: deque[str] = deque(maxlen=1024)
+
+
+class _Limit:
+    """So many lines of one event in a while: no client may fill the disk that holds the log, and the data perhaps."""
+
+    def __init__(self) -> None:
+        self._window = 0
+        self._counts: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+
+    def admit(self, text: str) -> dict[str, int]:
+        """What to add to the line; raises structlog.DropEvent when there have been too many like it."""
+        window = int(time.monotonic() / _WINDOW_SECONDS)
+        if window != self._window:
+            self._window = window
+            self._counts.clear()
+        self._counts[text] += 1
+        if self._counts[text] > _LINES_IN_WINDOW:
+            self._left_out[text] += 1
+            raise structlog.DropEvent
+        left_out = self._left_out.pop(text, 0)
+        return {"similar_lines_left_out": left_out} if left_out else {}
 
 
 class ChannelLogger:
@@ -85,8 +111,11 @@ def configure(channel: socket.socket, level: str, process: str) -> None:
     logger = ChannelLogger(channel)
     render = structlog.processors.LogfmtRenderer(key_order=["event"], drop_missing=True)
 
+    limit = _Limit()
+
     def line(_logger: Any, method: str, event: Any) -> str:
         text = str(event.pop("event", ""))
+        event |= limit.admit(text)
         trace = event.pop("exception", None)
         recent.append(_mongo_line(method, process, text, event))
         fields = render(_logger, method, event)

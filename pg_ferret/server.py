@@ -89,7 +89,6 @@ class Worker:
         """From birth to the end of the drain."""
         boot = self._boot
         self._loop = loop = asyncio.get_running_loop()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._hurry)
         place = directory.path(boot.config)
@@ -313,6 +312,8 @@ class Worker:
 
     def _beat(self) -> None:
         """Tell that the loop turns, and what it has done."""
+        self._loop.call_later(_BEAT_SECONDS, self._beat)
+        self._slot.beat()
         services = self._services
         counters, engine = services.counters, services.engine
         self._slot.set(
@@ -328,19 +329,20 @@ class Worker:
             pool_waiting=engine.waiting,
             rss=_resident_bytes(),
         )
-        self._slot.beat()
-        self._loop.call_later(_BEAT_SECONDS, self._beat)
 
     async def _tend(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            await self._services.engine.tend()
+            try:
+                await self._services.engine.tend()
+            except Exception:  # it is needed for ever
+                _log.exception("tending the connections to PostgreSQL failed and will be tried again")
 
     def _watch_clients(self) -> None:
+        self._loop.call_later(backlog.TICK_SECONDS, self._watch_clients)
         self._services.backlog.tick()
         if self._balance.ahead() and not self._stop.is_set():
             self._move(self._balance.excess())
-        self._loop.call_later(backlog.TICK_SECONDS, self._watch_clients)
 
 
 async def _attempt(work: Coroutine[Any, Any, object], accepted: socket.socket) -> None:

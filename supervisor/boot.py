@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import resource
 import select
@@ -37,6 +38,7 @@ def load_gateway() -> Gateway:
 def boot(sock: socket.socket, load: Callable[[], Gateway] = load_gateway) -> int:
     """Supervise for the launcher at the other end of ``sock``; returns the exit status."""
     die_with_parent()
+    faulthandler.enable()  # the launcher ends a supervisor that reports no more by SIGABRT
     log.configure(sock, "info", "supervisor")
     raise_descriptor_limit()
     channel = Channel(sock)

@@ -134,18 +134,21 @@ class Crew:
             if seat.retry is not None:
                 seat.retry, seat.failures = self._system.clock(), 0
 
-    def reap(self) -> None:
-        """Bury the workers that have ended."""
+    def reap(self) -> bool:
+        """Bury the workers that have ended; tells whether one of them had not even been able to start."""
+        unable = False
         while self.alive:
             try:
                 pid, wait_status = self._system.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                break
             if pid == 0:
-                return
+                break
             for seat in self.seats:
                 if seat.process and seat.process.pid == pid:
                     self._bury(seat, seat.process, wait_status)
+                    unable |= os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) == plan.BOOT_FAILED
+        return unable
 
     def close(self) -> None:
         """Close the control sockets and the one between the workers."""

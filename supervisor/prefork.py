@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from config.settings import PREFIX, Config, SettingError
+from config.settings import PREFIX, Config, SettingError, Settings
 from pg_ferret import log
 from pg_ferret.status import State, StatusTable
 from supervisor.channel import Channel, Closed, Verb
@@ -74,7 +74,7 @@ class Gateway:
     """What the supervisor needs of pg_ferret: a worker's work, and the directory its workers share."""
 
     work: Work
-    prepare: Callable[[Config], Path]
+    prepare: Callable[[Config], Path]  # may be called again: it changes nothing that is well
 
 
 class Supervisor:
@@ -94,6 +94,8 @@ class Supervisor:
         self._problems = Problems()
         self._reporter = Reporter(channel, self.table)
         self._prepared = False
+        self._look_at_state = True
+        self._state_place: tuple[int, int] | None = None  # device and inode of what the workers share
         self._retry_at = 0.0
         self._awake = self._system.clock()
         self._exit: tuple[int, float] | None = None  # status, and when to wait no longer for the workers
@@ -121,7 +123,8 @@ class Supervisor:
     def turn(self) -> int | None:
         """One round without waiting; an exit status ends the loop."""
         self._hear()
-        self.crew.reap()
+        if self.crew.reap():
+            self._look_at_state = True  # somebody may have removed what the workers share
         self.crew.observe()
         now = self._system.clock()
         if self._exit and (not self.crew.alive or now >= self._exit[1]):
@@ -172,15 +175,26 @@ class Supervisor:
         log.configure(self._channel.socket, new.settings.log_level, "supervisor")
         self._config = self._with_state_dir(new)
         settings = self._config.settings
-        if settings.workers > settings.max_workers:
-            text = f"ferretdb.workers: {settings.workers} are more than ferretdb.max_workers ({settings.max_workers})"
-            self._problems.set("workers", text, "ferretdb.max_workers takes a restart")
-        else:
-            self._problems.solved("workers")
+        self._check_numbers(settings)
         self.listeners.want(wanted_addresses(settings) if settings.enabled else [], settings.unix_socket_permissions)
         self.crew.give(Orders(self._config, self.listeners.sockets))
         self.crew.retry_now()
+        self._look_at_state = True
         self._retry_at = self._system.clock()
+
+    def _check_numbers(self, settings: Settings) -> None:
+        """Values that are fine by themselves and cannot be in force together."""
+        count = settings.worker_count()
+        self._problems.solved("workers")
+        self._problems.solved("pool_max_conns")
+        if settings.workers > settings.max_workers:
+            text = f"ferretdb.workers: {settings.workers} are more than ferretdb.max_workers ({settings.max_workers})"
+            self._problems.set("workers", text, "ferretdb.max_workers takes a restart")
+        if settings.pool_max_conns < count:
+            text = (
+                f"ferretdb.pool_max_conns: {settings.pool_max_conns} are fewer than workers, each needs one ({count})"
+            )
+            self._problems.set("pool_max_conns", text, "lower ferretdb.workers or raise ferretdb.pool_max_conns")
 
     def _with_state_dir(self, new: Config) -> Config:
         """``new``, but with the running state_dir while workers share it: half of them must not move elsewhere."""
@@ -199,16 +213,25 @@ class Supervisor:
     def _retry(self, now: float) -> None:
         """What failed and may work by now."""
         self._retry_at = now + RETRY_SECONDS
-        if not self._prepared:
+        if self._look_at_state or not self._prepared:
             try:
-                self._gateway.prepare(self._config)
+                place = self._gateway.prepare(self._config).stat()
             except Exception as error:  # whatever it is, PostgreSQL must go on and the DBA must see it
                 self._problems.set("prepare", str(error))
             else:
                 self._problems.solved("prepare")
                 self._prepared = True
+                self._look_at_state = False
+                self._share((place.st_dev, place.st_ino))
         if self.listeners.problems and self.listeners.retry():
             self.crew.give(Orders(self._config, self.listeners.sockets))
+
+    def _share(self, place: tuple[int, int]) -> None:
+        """The workers' shared directory is there; somebody may have removed the one they began with."""
+        if self.crew.alive and self._state_place not in (None, place):
+            logger.warning("the directory of ferretdb.state_dir had been removed: replacing all workers")
+            self.crew.replace_all()
+        self._state_place = place
 
     def _stop(self, status: int) -> None:
         if self._exit is None:
@@ -254,7 +277,7 @@ class Supervisor:
     def _wait(self) -> None:
         """Sleep until something arrives or is due."""
         due = [self._reporter.due, deadline(self.crew.seats, self._limits())]
-        if self.listeners.problems or not self._prepared:
+        if self.listeners.problems or self._look_at_state or not self._prepared:
             due.append(self._retry_at)
         if self.crew.booting(self._system.clock()):
             due.append(self._system.clock() + BRISK_SECONDS)

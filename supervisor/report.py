@@ -26,12 +26,13 @@ class Problems:
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
 
     def set(self, subject: str, text: str, hint: str | None = None) -> None:
         """``subject`` has the problem ``text``, which names the setting."""
-        if self._texts.get(subject) != text:
-            self._texts[subject] = text
+        if self._logged.get(subject) != text:
             logger.warning(text, hint=hint)
+        self._texts[subject] = self._logged[subject] = text
 
     def solved(self, subject: str) -> None:
         """``subject`` has no problem (any more)."""

@@ -11,6 +11,9 @@ _NOT_FOR_THE_ENGINE = frozenset(
     b"""stmtIds $audit $client $configServerState $queryOptions encryptionInformation mayBypassWriteBlocking
     maxAwaitTimeMS rawData querySettings""".split()
 )
+# MongoDB's limits: 63 bytes, and 255 for the whole namespace.
+_MAX_DATABASE_BYTES = 63
+_MAX_COLLECTION_BYTES = 255
 _MAX_TIMEOUT_MS = 2**31 - 1
 
 
@@ -19,7 +22,10 @@ def database(request: Request) -> bytes:
     span = request.fields.get(b"$db")
     if span is None or span[0] != bson.STRING:
         raise CommandError(40414, "OP_MSG requests require a $db argument")
-    return request.frame[span[1] + 4 : span[2] - 1]
+    name = request.frame[span[1] + 4 : span[2] - 1]
+    if b"\0" in name or len(name) > _MAX_DATABASE_BYTES:
+        raise CommandError(73, "Invalid database name")
+    return name
 
 
 def collection(request: Request, field: bytes | None = None) -> bytes:
@@ -29,7 +35,8 @@ def collection(request: Request, field: bytes | None = None) -> bytes:
     if span is None or span[0] != bson.STRING:
         raise CommandError(73, f"collection name has invalid type: field '{field.decode()}' must be a string")
     name = request.frame[span[1] + 4 : span[2] - 1]
-    if not name:
+    # A NUL would end the name early on its way to the engine, and another collection would be meant.
+    if not name or b"\0" in name or len(name) > _MAX_COLLECTION_BYTES:
         raise CommandError(73, f"Invalid namespace specified '{database(request).decode('utf-8', 'replace')}.'")
     return name
 

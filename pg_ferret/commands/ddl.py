@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from bson import decode, encode
+from bson import encode
 
+from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import collection, database, spec, timeout
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError
@@ -55,7 +56,7 @@ async def _index_count(db: bytes, name: bytes, client: Client) -> int:
         (page,) = await client.services.engine.call(calls.LIST_INDEXES, (db, request))
     except EngineError:
         return 0
-    return len(decode(page or b"")["cursor"]["firstBatch"])
+    return len(documents.decode(page or b"")["cursor"]["firstBatch"])
 
 
 @command("dropDatabase", help="Drops the database.")
@@ -99,9 +100,9 @@ async def data_size(request: Request, client: Client) -> bytes:
             raise CommandError(238, f"dataSize with {field.decode()} is not implemented yet")
     started = time.monotonic()
     db, _, name = (request.string(b"dataSize") or request.string(b"datasize") or b"").partition(b".")
-    if not db or not name:
+    if not db or not name or b"\0" in db + name:
         raise CommandError(73, "dataSize needs a namespace: db.collection")
-    stats = decode(await _call(calls.COLL_STATS, (db, name, b"1"), request, client))
+    stats = documents.decode(await _call(calls.COLL_STATS, (db, name, b"1"), request, client))
     return encode(
         {
             "estimate": True,
@@ -130,4 +131,4 @@ def _scale(request: Request) -> bytes:
 
 def _normal(document: bytes) -> bytes:
     """The same reply with ``ok`` as the double it is everywhere else."""
-    return encode(decode(document) | {"ok": 1.0})
+    return encode(documents.decode(document) | {"ok": 1.0})

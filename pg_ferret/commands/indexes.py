@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from bson import decode, encode
+from bson import encode
 
+from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import collection, database, spec, timeout
 from pg_ferret.commands.write_errors import INDEX_NAME, namespace, unpacked
 from pg_ferret.engine import calls, sqlstate
@@ -50,7 +51,7 @@ async def _build(requests: bytes, request: Request, client: Client) -> None:
 
 def _unwrap(reply: bytes | None, request: Request) -> dict[str, object]:
     """The client's reply out of the engine's, which is made for a router; raises CommandError for a failure."""
-    document = decode(reply or b"")
+    document = documents.decode(reply or b"")
     result = document.get("raw", {}).get("defaultShard", document)
     if not result.get("ok") or "errmsg" in result:
         raise _build_error(*unpacked(result.get("code", 1), result.get("errmsg", "index build failed")), request)
@@ -70,7 +71,7 @@ async def drop_indexes(request: Request, client: Client) -> bytes:
     (reply,) = await client.services.engine.call(
         calls.DROP_INDEXES, (database(request), spec(request)), timeout(request)
     )
-    return encode(decode(reply or b"") | {"ok": 1.0})
+    return encode(documents.decode(reply or b"") | {"ok": 1.0})
 
 
 @command("listIndexes", help="Lists the indexes of a collection.")
@@ -79,7 +80,7 @@ async def list_indexes(request: Request, client: Client) -> bytes:
     (page,) = await client.services.engine.call(
         calls.LIST_INDEXES, (database(request), spec(request)), timeout(request)
     )
-    document = decode(page or b"")
+    document = documents.decode(page or b"")
     for index in document["cursor"]["firstBatch"]:
         if index.get("storageEngine") == _ENGINE_DETAIL:
             del index["storageEngine"]

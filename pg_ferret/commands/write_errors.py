@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from bson import decode, encode
+import structlog
+from bson import encode
 from bson.raw_bson import RawBSONDocument
 
+from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import database
 from pg_ferret.engine import calls, sqlstate
 from pg_ferret.errors import CommandError, EngineError
@@ -22,12 +24,15 @@ from pg_ferret.state.client import Client
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
+_RAW = documents.OPTIONS.with_options(document_class=RawBSONDocument)
+_log = structlog.get_logger()
 INDEX_NAME = re.compile(r"Index '(.*)'", re.DOTALL)
 # Raised errors name PostgreSQL's constraint; those of collection_pk_N are about _id.
 _CONSTRAINT = re.compile(r"constraint \"documents_rum_index_(\d+)\"")
 _ID_INDEX = "_id_"
-# Larger than any MongoDB code and smaller than any packed SQLSTATE.
-_LARGEST_CODE = 1_000_000
+_SQLSTATE = re.compile(r"[0-9A-Z]{5}")
+# Smaller ones would be of the classes 10 to 90, second digit 0, which there are not.
+_SMALLEST_PACKED = 64
 # Beyond so many characters of explanations, an error is told by its code alone, as MongoDB does: a reply is bounded.
 _MOST_TEXT = 1 << 20
 # So many errors are explained before other clients have a turn.
@@ -36,9 +41,10 @@ _TURN = 200
 
 def unpacked(code: int, message: str) -> tuple[int, str]:
     """MongoDB's code and message for a ``code`` of the engine that may be a packed SQLSTATE."""
-    if code < _LARGEST_CODE:
+    packed = sqlstate.packed(code)
+    if code < _SMALLEST_PACKED or not _SQLSTATE.fullmatch(packed):
         return code, message
-    return sqlstate.translate(sqlstate.packed(code), message)
+    return sqlstate.translate(packed, message)
 
 
 async def rebuild(reply: bytes, statements: bytes, request: Request, client: Client) -> bytes:
@@ -46,18 +52,21 @@ async def rebuild(reply: bytes, statements: bytes, request: Request, client: Cli
 
     Raises CommandError when one of them concerns the whole command.
     """
-    document = decode(reply)
+    document = documents.decode(reply)
     keys = _Keys(request, client)
     written = _Statements(request, statements)
     errors = []
     told = 0
     for number, entry in enumerate(document.get("writeErrors", ())):
         code, message = unpacked(entry["code"], entry["errmsg"])
+        if code in sqlstate.TROUBLE:
+            _log.error("the engine failed in a write", code=code, sqlstate=sqlstate.packed(entry["code"]))
+            client.services.trouble(f"{request.name.decode()}: {message}")
         if code in sqlstate.WHOLE_COMMAND:
             raise CommandError(code, message)
         error = {"index": entry["index"], "code": code, "errmsg": message if told < _MOST_TEXT else ""}
         if code == sqlstate.DUPLICATE_KEY and told < _MOST_TEXT:
-            error |= await keys.describe(message, written.document(entry["index"]))
+            error |= await _described(keys, message, written, entry["index"])
         told += len(error["errmsg"])
         errors.append(error)
         if number % _TURN == _TURN - 1:
@@ -65,12 +74,21 @@ async def rebuild(reply: bytes, statements: bytes, request: Request, client: Cli
     return encode(document | {"writeErrors": errors, "ok": 1.0})
 
 
+async def _described(keys: _Keys, message: str, written: _Statements, index: int) -> dict[str, Any]:
+    """What more there is to say; nothing if that fails, because what was written must be acknowledged."""
+    try:
+        return await keys.describe(message, written.document(index))
+    except Exception as error:
+        _log.warning("a duplicate key could not be described", error=type(error).__name__)
+        return {}
+
+
 async def explained(error: EngineError, request: Request, client: Client) -> CommandError:
     """A failed findAndModify's answer, with a duplicate key in MongoDB's words."""
     code, message = sqlstate.translate(error.sqlstate, error.message)
     if code != sqlstate.DUPLICATE_KEY:
         return CommandError(code, message)
-    change = decode(request.body).get("update")
+    change = documents.decode(request.body).get("update")
     described = await _Keys(request, client).describe(message, _known(change))
     text = described.pop("errmsg")
     return CommandError(code, text, details=encode(described)[4:-1])
@@ -107,7 +125,7 @@ class _Statements:
         """The document that statement ``index`` of an insert or update was to store, as far as it is known."""
         if index >= len(self._items):
             return None
-        statement = RawBSONDocument(bytes(self._items[index]))
+        statement = RawBSONDocument(bytes(self._items[index]), _RAW)
         return statement if self._are_documents else _known(statement.get("u"))
 
 
@@ -137,7 +155,7 @@ class _Keys:
         found = _CONSTRAINT.search(message)
         if found:
             row = await self._client.services.engine.call(calls.INDEX_BY_ID, (found[1].encode(),))
-            return ((row[0] or b"").decode("utf-8", "replace"), decode(row[1] or b"")) if row else ("", {})
+            return ((row[0] or b"").decode("utf-8", "replace"), documents.decode(row[1] or b"")) if row else ("", {})
         found = INDEX_NAME.search(message)
         if not found or found[1] == _ID_INDEX:
             return _ID_INDEX, {"_id": 1}
@@ -152,7 +170,7 @@ class _Keys:
             (page,) = await self._client.services.engine.call(calls.LIST_INDEXES, (database(self._request), spec))
         except EngineError:
             return {}
-        return {index["name"]: index["key"] for index in decode(page or b"")["cursor"]["firstBatch"]}
+        return {index["name"]: index["key"] for index in documents.decode(page or b"")["cursor"]["firstBatch"]}
 
 
 def namespace(request: Request) -> str:

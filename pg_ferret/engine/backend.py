@@ -7,6 +7,7 @@ one read.  One permanent reader serves it.  The pool (pool.py) owns its life; on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class Backend:
     """A leased connection.  `execute` is the hot path; everything else is life and death."""
 
     __slots__ = (
+        "_cancelling",
         "_conn",
         "_ended",
         "_error",
@@ -78,6 +80,7 @@ class Backend:
         self._loop = loop
         self._prepared = conn.prepared_names
         self._preparing: list[bytes] = []  # the statements that this batch prepares, in order
+        self._cancelling = False  # a cancel request is under way
         self.busy = False  # an answer is still to come
         self._row: Row | None = None
         self._error: Exception | None = None
@@ -182,7 +185,7 @@ class Backend:
         error, self._error = self._error, None
         if self._preparing:  # what an error kept from being prepared
             self._preparing.clear()
-        if not self.lost:
+        if not self.lost and not self._cancelling:
             self._released(self)
         if waiter is None or waiter.done():
             return
@@ -233,20 +236,34 @@ class Backend:
         """Make the connection an ordinary idle one again."""
         self._pg.exit_pipeline_mode()
 
+    def drop(self) -> None:
+        """Give the connection up, whatever it does: who waits for it is told that it is lost."""
+        if not self.lost:
+            self.detach()
+            self.lost = True
+            self.busy = False
+            self._fail()
+
     @property
     def abandoned(self) -> bool:
         """Whether a call is under way for which nobody waits any more."""
         return self._waiter is not None and self._waiter.cancelled()
 
-    async def cancel(self) -> None:
-        """Ask the server to stop the running call; returns when it has answered or the time is up."""
-        waiter = self._waiter
-        if waiter is None or self.lost:
-            return
-        if waiter.done():  # the caller gave up; watch the end of the batch ourselves
-            self._waiter = waiter = self._loop.create_future()
-        try:
+    async def cancel(self) -> bool:
+        """Ask the server to stop the running call; tells whether the call has ended within the time.
+
+        The connection is not released before the request has arrived: it would hit the next call.
+        """
+        if self._waiter is None or self.lost:
+            return True
+        self._cancelling = True
+        self._waiter = ended = self._loop.create_future()  # the caller has given up
+        with contextlib.suppress(psycopg.Error):  # it is the call's end that counts
             await self._conn.cancel_safe(timeout=_CANCEL_SECONDS)
-            await asyncio.wait_for(asyncio.shield(waiter), _CANCEL_SECONDS)
-        except (psycopg.Error, EngineError, EngineLostError, TimeoutError):
-            pass
+        await asyncio.wait([ended], timeout=_CANCEL_SECONDS)
+        self._cancelling = False
+        if ended.done():
+            ended.exception()  # seen
+            if not self.lost:
+                self._released(self)
+        return ended.done()

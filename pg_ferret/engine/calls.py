@@ -30,27 +30,35 @@ def _call(name: str, sql: str, formats: tuple[int, ...]) -> Call:
     return Call(name.encode(), sql.encode(), formats)
 
 
-_FIRST_PAGE = "SELECT cursorpage, continuation, cursorid FROM documentdb_api.{}_cursor_first_page($1, $2)"
+# What clients send goes through these (extension/bson_check.c): the engine trusts documents, stores malformed ones as
+# they are, and can take the whole server down when it reads one as a command.
+_SPEC = "ferretdb.checked_bson($2)"
+_FIRST_PAGE = f"SELECT cursorpage, continuation, cursorid FROM documentdb_api.{{}}_cursor_first_page($1, {_SPEC})"
 
 # (db, spec) -> page, continuation or NULL, cursor id (53 bits of pg_strong_random)
 FIND = _call("find", _FIRST_PAGE.format("find"), _DB_BSON)
 AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate"), _DB_BSON)
 # (db, spec) -> page: these come whole
 LIST_COLLECTIONS = _call(
-    "list_collections", "SELECT cursorpage FROM documentdb_api.list_collections_cursor_first_page($1, $2)", _DB_BSON
+    "list_collections",
+    "SELECT cursorpage FROM documentdb_api.list_collections_cursor_first_page($1, ferretdb.checked_bson($2))",
+    _DB_BSON,
 )
 LIST_INDEXES = _call(
-    "list_indexes", "SELECT cursorpage FROM documentdb_api.list_indexes_cursor_first_page($1, $2)", _DB_BSON
+    "list_indexes",
+    "SELECT cursorpage FROM documentdb_api.list_indexes_cursor_first_page($1, ferretdb.checked_bson($2))",
+    _DB_BSON,
 )
 # (db, spec, continuation) -> page, continuation or NULL
 GET_MORE = _call(
-    "get_more", "SELECT cursorpage, continuation FROM documentdb_api.cursor_get_more($1, $2, $3)", _DB_BSON_BSON
+    "get_more",
+    "SELECT cursorpage, continuation FROM documentdb_api.cursor_get_more($1, ferretdb.checked_bson($2), $3)",
+    _DB_BSON_BSON,
 )
 # (bigint[]) -> nothing of use
 DELETE_CURSORS = _call("delete_cursors", "SELECT documentdb_api_internal.delete_cursors($1)", (TEXT,))
 
-# (db, spec, documents or NULL) -> reply, whether all went well.  The engine would store malformed documents as they
-# are, so what a write brings is checked on its way (extension/bson_check.c).
+# (db, spec, documents or NULL) -> reply, whether all went well
 _WRITE = (
     "SELECT p_result, p_success FROM documentdb_api.{}"
     "($1, ferretdb.checked_bson($2), ferretdb.checked_bsonsequence($3), NULL)"
@@ -65,15 +73,19 @@ FIND_AND_MODIFY = _call(
 )
 
 # (db, spec) -> reply
-COUNT = _call("count", "SELECT document FROM documentdb_api.count_query($1, $2)", _DB_BSON)
-DISTINCT = _call("distinct", "SELECT document FROM documentdb_api.distinct_query($1, $2)", _DB_BSON)
-VALIDATE = _call("validate", "SELECT documentdb_api.validate($1, $2)", _DB_BSON)
-CREATE = _call("create", "SELECT documentdb_api.create_collection_view($1, $2)", _DB_BSON)
+COUNT = _call("count", "SELECT document FROM documentdb_api.count_query($1, ferretdb.checked_bson($2))", _DB_BSON)
+DISTINCT = _call(
+    "distinct", "SELECT document FROM documentdb_api.distinct_query($1, ferretdb.checked_bson($2))", _DB_BSON
+)
+VALIDATE = _call("validate", "SELECT documentdb_api.validate($1, ferretdb.checked_bson($2))", _DB_BSON)
+CREATE = _call("create", "SELECT documentdb_api.create_collection_view($1, ferretdb.checked_bson($2))", _DB_BSON)
 # (db, collection, spec) -> reply
-COLL_MOD = _call("coll_mod", "SELECT documentdb_api.coll_mod($1, $2, $3)", (TEXT, TEXT, BINARY))
+COLL_MOD = _call("coll_mod", "SELECT documentdb_api.coll_mod($1, $2, ferretdb.checked_bson($3))", (TEXT, TEXT, BINARY))
 # (spec) -> reply
-RENAME_COLLECTION = _call("rename_collection", "SELECT documentdb_api.rename_collection($1)", _BSON)
-LIST_DATABASES = _call("list_databases", "SELECT documentdb_api.list_databases($1)", _BSON)
+RENAME_COLLECTION = _call(
+    "rename_collection", "SELECT documentdb_api.rename_collection(ferretdb.checked_bson($1))", _BSON
+)
+LIST_DATABASES = _call("list_databases", "SELECT documentdb_api.list_databases(ferretdb.checked_bson($1))", _BSON)
 # (db, collection) -> bool; (db) -> void
 DROP_COLLECTION = _call("drop_collection", "SELECT documentdb_api.drop_collection($1, $2)", _DB_TEXT)
 DROP_DATABASE = _call("drop_database", "SELECT documentdb_api.drop_database($1)", (TEXT,))
@@ -84,7 +96,7 @@ DB_STATS = _call("db_stats", "SELECT documentdb_api.db_stats($1, $2, $3)", (TEXT
 # (db, spec) -> reply, whether it went well, requests of builds to wait for
 CREATE_INDEXES = _call(
     "create_indexes",
-    "SELECT retval, ok, requests FROM documentdb_api.create_indexes_background($1, $2)",
+    "SELECT retval, ok, requests FROM documentdb_api.create_indexes_background($1, ferretdb.checked_bson($2))",
     _DB_BSON,
 )
 BUILD_INDEX = _call("build_index", "CALL documentdb_api_internal.build_index_concurrently(1)", ())
@@ -102,7 +114,7 @@ INDEX_BY_ID = _call(
     (TEXT,),
 )
 # (db, spec) -> reply
-DROP_INDEXES = _call("drop_indexes", "CALL documentdb_api.drop_indexes($1, $2, NULL)", _DB_BSON)
+DROP_INDEXES = _call("drop_indexes", "CALL documentdb_api.drop_indexes($1, ferretdb.checked_bson($2), NULL)", _DB_BSON)
 
 # Housekeeping.
 DELETE_EXPIRED_ROWS = _call("delete_expired_rows", "CALL documentdb_api_internal.delete_expired_rows(-1)", ())

@@ -47,6 +47,12 @@ def conninfo(config: Config) -> str:
         # A client's mistake is answered to the client; what is the engine's fault the gateway logs itself, without
         # the error's CONTEXT, which can hold anything.  LOG lines (slow statements, auto_explain) still come.
         "log_min_messages": "log",
+        # A worker that was killed cannot cancel its queries: PostgreSQL looks after them itself.
+        "client_connection_check_interval": "2s",
+        # Parameters are documents, and context can hold anything: neither belongs into a log, whatever is logged there.
+        "log_parameter_max_length": "0",
+        "log_parameter_max_length_on_error": "0",
+        "log_error_verbosity": "terse",
         # What a DBA set for people at a prompt is not meant for a pool.
         "statement_timeout": "0",
         "idle_session_timeout": "0",

@@ -29,6 +29,8 @@ _IDLE_TICKS = 120
 # back within a second of PostgreSQL.
 _CONNECT_SECONDS = 2.0
 _GIVEN_BACK_SECONDS = 1.0
+# How long running calls may take to heed their cancel request when the pool closes.
+_CLOSE_SECONDS = 0.5
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
 _INSTALLING_SECONDS = 5.0
 _log = structlog.get_logger()
@@ -106,6 +108,10 @@ class Pool:
         self._limits = Limits(0, 0, self._limits.wait_seconds)
         for task in tuple(self._tasks):
             task.cancel()
+        # PostgreSQL would go on with what nobody waits for any more.
+        running = [self._loop.create_task(backend.cancel()) for backend in self._all if backend.busy]
+        if running:
+            await asyncio.wait(running, timeout=_CLOSE_SECONDS)
         self._all.update(self._unheeding)
         for backend in tuple(self._all):
             await self._give_back(backend)
@@ -116,9 +122,9 @@ class Pool:
         self._limits = limits
         if not self._open:
             return
-        await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1))
-        for backend in self._idle[: max(0, len(self._all) - limits.largest)]:
-            await self._give_back(backend)
+        await self._resize_source()
+        while self._idle and len(self._all) > limits.largest:
+            await self._give_back(self._idle[0])
         for _ in range(limits.smallest - len(self._all) - self._growing):
             self._grow()
         for _ in range(min(len(self._waiting), limits.largest - len(self._all))):
@@ -136,6 +142,8 @@ class Pool:
 
     async def _call_later(self, call: Call, params: Params, timeout_ms: bytes | None) -> Row:
         backend = await self._next()
+        while backend.lost:  # in the moment between the two
+            backend = await self._next()
         return await backend.execute(call, params, timeout_ms)
 
     def abandon(self, request: str) -> None:
@@ -180,7 +188,7 @@ class Pool:
 
     def _release(self, backend: Backend) -> None:
         """A connection has come free."""
-        if self._unheeding and not self._heeds(backend):
+        if backend.lost or (self._unheeding and not self._heeds(backend)):
             return
         if len(self._all) > self._limits.largest:
             self._spawn(self._give_back(backend))
@@ -196,8 +204,7 @@ class Pool:
     async def _recover(self, backend: Backend, request: str) -> None:
         """The client went away in the middle of a call: cancel it, and keep the connection if it listens."""
         since = datetime.now(UTC)
-        await backend.cancel()
-        if not backend.busy or backend not in self._all:
+        if await backend.cancel() or backend not in self._all:
             return
         # Its place is another's from now on.  We stay connected to see it end: hanging up would not stop it either.
         text = f"{request}: PostgreSQL backend {backend.pid} ignores its cancel request since {since:%H:%M:%S} UTC"
@@ -205,7 +212,14 @@ class Pool:
         self._trouble(text)
         self._all.discard(backend)
         self._unheeding[backend] = _Unheeding(text, since)
+        await self._resize_source()
         self._grow_if_needed()
+
+    async def _resize_source(self) -> None:
+        """psycopg_pool counts connections that do not heed us: as many more are allowed, up to twice the limit."""
+        limits = self._limits
+        extra = min(len(self._unheeding), limits.largest)
+        await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1) + extra)
 
     def _heeds(self, backend: Backend) -> bool:
         """Whether a connection that has come free may serve on; one that ignored us has just ended its query."""
@@ -217,6 +231,7 @@ class Pool:
         self._over(late.text)
         self._all.add(backend)
         self._spawn(self._give_back(backend))
+        self._spawn(self._resize_source())
         return False
 
     def _grow_if_needed(self) -> None:
@@ -231,11 +246,11 @@ class Pool:
     async def _lease(self) -> None:
         try:
             connection = await self._source.getconn()
-        except (psycopg_pool.PoolTimeout, psycopg.Error) as error:
+        except (psycopg_pool.PoolTimeout, psycopg.Error):
             self._growing -= 1
             if self._reachable:  # psycopg_pool logs the reason
                 self._reachable = False
-                self._trouble(f"cannot connect to PostgreSQL: {error}")
+                self._trouble("cannot connect to PostgreSQL; its log tells why")
             self._grow_if_needed()
             return
         except asyncio.CancelledError:
@@ -264,6 +279,8 @@ class Pool:
         if backend in self._idle:
             self._idle.remove(backend)
         broken = backend.lost or backend.busy or backend.swollen
+        if backend.busy:
+            backend.drop()
         backend.detach()
         if broken:
             await backend.connection.close()
@@ -275,6 +292,8 @@ class Pool:
     async def tend(self) -> None:
         """To be called every `TICK_SECONDS`: let go what is lost and what has been idle for long."""
         for backend in tuple(self._idle):
+            if backend not in self._idle:
+                continue  # it has been taken while another one was given back
             backend.idle_ticks += 1
             spare = len(self._all) > self._limits.smallest and backend.idle_ticks > _IDLE_TICKS
             if backend.lost or spare or backend.swollen:

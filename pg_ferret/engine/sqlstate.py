@@ -9,6 +9,8 @@ from pg_ferret.errors import CommandError, EngineError, EngineLostError
 
 UNAUTHORIZED: Final = 13
 DUPLICATE_KEY: Final = 11000
+# These tell of the server's state rather than of the client's request.
+TROUBLE: Final = frozenset({1, 6, 91, 14031})
 # In writeErrors these concern the whole command, so MongoDB answers them at the top level.
 WHOLE_COMMAND: Final = frozenset({1, 13, 24, 50, 112})
 

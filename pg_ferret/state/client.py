@@ -14,10 +14,9 @@ from pg_ferret.status import StatusTable
 class Counters:
     """What this worker has done since it started; copied into its status slot with each heartbeat."""
 
-    __slots__ = ("accepted", "bytes_in", "bytes_out", "errors", "in_flight", "requests")
+    __slots__ = ("bytes_in", "bytes_out", "errors", "in_flight", "requests")
 
     def __init__(self) -> None:
-        self.accepted = 0
         self.requests = 0
         self.errors = 0
         self.in_flight = 0

@@ -17,6 +17,8 @@ import lmdb
 from pg_ferret.errors import CommandError
 
 _MAP_BYTES: Final = 1 << 30
+# Opening stops here: what is open must still be able to go on and to end.
+_MOST_PAGES: Final = int(_MAP_BYTES * 0.8) // 4096
 _KEY = Struct(">Q")
 _HEAD = Struct("<dHHB")  # expiry (Unix seconds; infinity: never), lengths of namespace and user, length of session id
 _SWEEP_AT_MOST: Final = 10_000
@@ -60,6 +62,8 @@ class Cursors:
         key = _KEY.pack(cursor_id)
         try:
             with self._env.begin(write=True, db=self._by_id) as transaction:
+                if _pages(transaction.stat(self._by_id)) > _MOST_PAGES:
+                    raise lmdb.MapFullError
                 transaction.put(key, _pack(cursor))
                 if cursor.session:
                     transaction.put(cursor.session, key, db=self._by_session)
@@ -94,18 +98,18 @@ class Cursors:
 
     def remove(self, cursor_ids: list[int]) -> list[int]:
         """Forget cursors; returns those that were known."""
-        gone = []
+        # One by one: LMDB needs free pages to delete, and a full map has few.
+        return [cursor_id for cursor_id in cursor_ids if self._remove(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))]
+
+    def _remove(self, key: bytes) -> bool:
         with self._env.begin(write=True, db=self._by_id) as transaction:
-            for cursor_id in cursor_ids:
-                key = _KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF)
-                record = transaction.pop(key)
-                if record is None:
-                    continue
-                gone.append(cursor_id)
-                session = _unpack(record).session
-                if session:
-                    transaction.delete(session, key, db=self._by_session)
-        return gone
+            record = transaction.pop(key)
+            if record is None:
+                return False
+            session = _unpack(record).session
+            if session:
+                transaction.delete(session, key, db=self._by_session)
+        return True
 
     def of_sessions(self, sessions: list[bytes]) -> list[int]:
         """The ids of the cursors that were opened in any of these sessions."""
@@ -131,6 +135,10 @@ class Cursors:
     def close(self) -> None:
         """Unmap the registry; it goes on to exist for the other workers."""
         self._env.close()
+
+
+def _pages(stat: dict[str, int]) -> int:
+    return stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
 
 
 def _refused(error: lmdb.Error) -> CommandError:

@@ -58,7 +58,7 @@ _SCALARS: tuple[Any, ...] = (
         "c",
         "_id_",
     ),
-    *(ObjectId(b"0123456789ab"), Binary(b""), Binary(bytes(16), 4), Binary(b"\1\2", 0x80)),
+    *(ObjectId(b"0123456789ab"), Binary(b""), Binary(bytes(16), 4), Binary(b"\1\2", 0x80), Binary(b"\1\2", 2)),
     *(datetime.datetime(2020, 1, 1), DatetimeMS(2**63 - 1), DatetimeMS(-(2**63)), DatetimeMS(253402300800000)),
     *(Regex("a*", "i"), Regex("(", "x"), Timestamp(1, 1), Timestamp(2**32 - 1, 2**32 - 1), MinKey(), MaxKey()),
     *(Decimal128("NaN"), Decimal128("1E+6144"), Decimal128("-0.5"), Code("f"), Code("f", {"a": 1})),

@@ -179,6 +179,15 @@ def _corrupted(random: Random, number: int) -> bytes:
     return bytes(data)
 
 
+def _misspelt(random: Random, number: int) -> bytes:
+    """Well-formed but for the characters: names and strings that are not UTF-8, which error texts may repeat."""
+    data = bytearray(_confused(random, number))
+    letters = [place for place in range(40, len(data)) if data[place] in b"abxfuz.$"]
+    for place in random.sample(letters, min(len(letters), random.randrange(1, 4))):
+        data[place] = random.choice((0xFF, 0xC3, 0xED, 0x80, 0xF8))
+    return bytes(data)
+
+
 def _deep(random: Random, number: int) -> bytes:
     """Documents in documents, to many times the depth that is allowed."""
     name = random.choice((b"a", b"$and", b"$not", b"0"))
@@ -205,7 +214,7 @@ def _noise(random: Random, number: int) -> bytes:
 
 _KINDS: tuple[tuple[float, Maker], ...] = (
     (18, _valid),
-    (30, _confused),
+    (26, _confused),
     (4, _named),
     (12, _flipped),
     (5, _cut),
@@ -216,6 +225,7 @@ _KINDS: tuple[tuple[float, Maker], ...] = (
     (3, _checksummed),
     (4, _sectioned),
     (8, _corrupted),
+    (4, _misspelt),
     (0.3, _deep),
     (1, _noise),
 )

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import bson
@@ -24,6 +25,7 @@ Command = list[tuple[bytes, int | str]]
 DATABASE = "watchdog"
 _PROBE_SECONDS = 5.0
 _PAUSE_SECONDS = 0.05
+_MEASUREMENTS = 5
 _CRASH = re.compile(r"was terminated by signal|all server processes terminated|PANIC: ")
 _TRACEBACK = "Traceback (most recent call last)"
 # With log_line_prefix '%m [%p] %b: '; what belongs to an entry is indented by a tab.
@@ -113,9 +115,9 @@ class Workers:
         self._pids = [int(pid) for kind, pid, *_ in self._at_first if kind == "worker"]
         self.sizes: dict[int, list[int]] = {}
 
-    def _identity(self) -> list[tuple[str, str, str, str]]:
+    def _identity(self) -> list[tuple[str, ...]]:
         names = ("kind", "pid", "generation", "restarts")
-        return [(row["kind"] or "", *(row[name] or "" for name in names[1:])) for row in self._cluster.status()]  # type: ignore[misc]
+        return [tuple(row[name] or "" for name in names) for row in self._cluster.status()]
 
     def look(self, sent: int) -> None:
         """Measure, and tell whether they are still the same."""
@@ -125,9 +127,12 @@ class Workers:
         self.sizes[sent] = [pss(pid) for pid in self._pids]
 
     def judge_growth(self, warm: int, percent: int) -> None:
-        """Compare the last measurement with the first one after ``warm`` messages."""
+        """Compare the last measurements with the first ones after ``warm`` messages, by their medians."""
         after = [sizes for sent, sizes in self.sizes.items() if sent >= warm]
-        for slot, (first, last) in enumerate(zip(after[0], after[-1], strict=True) if len(after) > 1 else (), 1):
+        if len(after) < 2 * _MEASUREMENTS:
+            return
+        for slot, sizes in enumerate(zip(*after, strict=True), 1):
+            first, last = median(sizes[:_MEASUREMENTS]), median(sizes[-_MEASUREMENTS:])
             if last > first * (1 + percent / 100):
                 self._findings.add(f"a worker grew by more than {percent} %", f"worker {slot}: {first} -> {last} kB")
 

@@ -63,7 +63,7 @@ class World:
         self.prepared.append(new)
         if self.state_dir_error:
             raise StateDirError(self.state_dir_error)
-        return Path(new.settings.state_dir)
+        return Path("/")
 
     def turn(self, seconds: float = 0.0) -> int | None:
         """Let time pass, have the healthy workers beat, then one round of the loop."""

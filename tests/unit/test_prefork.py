@@ -175,7 +175,7 @@ def test_state_directory_does_not_move_under_running_workers(world: World) -> No
     orders = world.supervisor.crew.orders
     assert orders is not None
     assert orders.config.settings.state_dir == ""
-    assert len(world.prepared) == 1
+    assert {item.settings.state_dir for item in world.prepared} == {""}
 
 
 def test_role_is_forwarded(world: World) -> None:
