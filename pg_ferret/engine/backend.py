@@ -29,6 +29,8 @@ _PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
 _BAD = int(pq.ConnStatus.BAD)
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
+_SEVERITY = pq.DiagnosticField.SEVERITY_NONLOCALIZED
+_FATAL = (b"FATAL", b"PANIC")
 _CANCEL_SECONDS = 5.0
 _PAGE_COLUMNS = 3
 _LARGE_BYTES = 1 << 20
@@ -50,6 +52,7 @@ class Backend:
         "_conn",
         "_ended",
         "_error",
+        "_last_words",
         "_loop",
         "_pg",
         "_prepared",
@@ -84,6 +87,7 @@ class Backend:
         self.busy = False  # an answer is still to come
         self._row: Row | None = None
         self._error: Exception | None = None
+        self._last_words = False  # the server has said why it ends the connection
         self._waiter: asyncio.Future[Row] | None = None
         self._writing = False
         self.lost = False
@@ -138,12 +142,18 @@ class Backend:
         pg = self._pg
         try:
             pg.consume_input()
+            if not self.busy:
+                pg.consume_input()  # nobody asked: it is the end that follows
             while self.busy and not pg.is_busy():
                 result = pg.get_result()
                 if result is not None:
                     self._take(result)
                 elif pg.status == _BAD:
                     self._end()
+            if self._last_words:
+                # Do not wait for the end of the stream: when the server has left something unread, the kernel reports
+                # an error together with these words, and libuv watches no longer.
+                self._end()
         except psycopg.Error:
             self._end()
 
@@ -175,6 +185,7 @@ class Backend:
     def _error_of(self, result: pq.abc.PGresult) -> Exception:
         sqlstate = result.error_field(_SQLSTATE)
         message = result.error_field(_MESSAGE)
+        self._last_words = result.error_field(_SEVERITY) in _FATAL
         if self._pg.status == _BAD or sqlstate is None:
             return EngineLostError((message or self._pg.error_message or b"connection lost").decode("utf-8", "replace"))
         return EngineError(sqlstate.decode("ascii", "replace"), (message or b"").decode("utf-8", "replace"))

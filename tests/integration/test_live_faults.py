@@ -278,3 +278,29 @@ def test_a_dump_restores(new_cluster: NewCluster) -> None:
     assert [line for line in restored.stderr.splitlines() if "ferret" in line] == []
     assert ready(other, 2)
     assert serves(other)
+
+
+def test_a_backend_that_ends_without_reading_its_query(new_cluster: NewCluster) -> None:
+    """The kernel then reports an error with the last words, after which libuv watches the socket no longer."""
+    cluster = new_cluster(**{"ferretdb.workers": "1", "ferretdb.pool_max_conns": "1", "ferretdb.pool_min_conns": "1"})
+    with MongoClient[Document](cluster.uri, retryReads=False, **CLIENT_OPTIONS) as client:
+        client.night.c.insert_one({"_id": 1})
+        ((pid,),) = cluster.psql("select pid from pg_stat_activity where application_name = 'pg_ferret'")
+        os.kill(int(pid or 0), signal.SIGSTOP)
+        answers: list[object] = []
+
+        def ask() -> None:
+            try:
+                answers.append(client.night.c.find_one())
+            except PyMongoError as error:
+                answers.append(error)
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        wait_for(lambda: any(int(row["in_flight"] or 0) for row in cluster.status()[1:]))
+        os.kill(int(pid or 0), signal.SIGTERM)
+        os.kill(int(pid or 0), signal.SIGCONT)
+        asker.join(5)
+        assert not asker.is_alive()
+        assert isinstance(answers[0], NotPrimaryError)  # 91, which drivers retry
+        assert client.night.c.find_one() == {"_id": 1}
