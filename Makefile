@@ -4,15 +4,18 @@ RUN_DIR ?= .run
 PORT ?= 27017
 PG_PORT ?= 5433
 ARGS ?=
+MINUTES ?= 30
+MESSAGES ?= 100000
 
 override RUN_DIR := $(abspath $(RUN_DIR))
 export RUN_DIR
 PYTHON_CODE := pg_ferret supervisor config dev tests bench
 INSTANCE := dev/enter python3 -m dev.instance
+MEASURE := dev/enter --private --finish
 TESTS := dev/enter --private --finish --as postgres python3 -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run start stop uri psql build test unit integration bench lint fmt generate clean
+.PHONY: help run start stop uri psql build test unit integration bench faults soak fuzz lint fmt generate clean
 
 help: ## show this
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -53,6 +56,18 @@ bench: build ## measure beside FerretDB and write docs/performance.*; QUICK=1: a
 	@bench/build '$(RUN_DIR)/bin'
 	@dev/enter --private python3 -m bench --bin /instance/bin --out /instance/result.json $(if $(QUICK),--quick)
 	@dev/enter --write --as owner python3 -m bench.report /instance/result.json $(if $(QUICK),,docs)
+
+faults: override RUN_DIR := $(RUN_DIR)/faults
+faults: build ## break everything under load and write docs/reliability.md; ARGS="--only killed" prints only
+	@$(MEASURE) python3 -m tests.faults $(if $(ARGS),$(ARGS),--json /instance/faults.json --page /instance/reliability.md)
+	$(if $(ARGS),,@dev/enter --write --as owner cp /instance/reliability.md /instance/faults.json docs/)
+
+soak: override RUN_DIR := $(RUN_DIR)/soak
+soak: build ## load and random faults for MINUTES=30, and whether anything grows
+	@$(MEASURE) python3 -m tests.faults.soak --minutes $(MINUTES) --json /instance/soak.json
+
+fuzz: build ## MESSAGES=100000 damaged messages at a live server
+	@$(MEASURE) python3 -m tests.fuzz.live --messages $(MESSAGES)
 
 lint: ## ruff, mypy, and that generated files are up to date
 	@dev/enter ruff check --quiet .

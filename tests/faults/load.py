@@ -63,6 +63,7 @@ class Load:
         database = self._client[DATABASE]
         if database.rows.estimated_document_count() == 0:
             database.rows.insert_many([{"_id": number, "r": number * 7 % _ROWS} for number in range(_ROWS)])
+        database.ledger.drop()
         database.counters.delete_many({})
         if self._writers:
             database.counters.insert_many([{"_id": number, "n": 0} for number in range(self._writers)])

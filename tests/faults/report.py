@@ -90,3 +90,12 @@ def machine() -> str:
         row.partition(":")[2].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in row
     ]
     return f"{len(models)} x {models[0]}" if models else platform.machine()
+
+
+def soak_line(item: dict[str, float]) -> str:
+    """One sample of a soak."""
+    return (
+        f"{item['seconds'] / 60:5.1f} min  PSS {item['pss'] / (1 << 20):5.1f} MB  descriptors {item['descriptors']:.0f}"
+        f"  PostgreSQL connections {item['connections']:.0f}  registry {item['registry_bytes'] / 1024:.0f} kB"
+        f"  cursor files {item['cursor_files']:.0f}  requests {item['requests']:.0f}  failed {item['failed']:.0f}"
+    )
