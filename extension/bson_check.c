@@ -1,14 +1,16 @@
 /*
- * bson_check.c: refuse malformed BSON before the engine stores it.
+ * bson_check.c: refuse malformed BSON before the engine sees it.
  *
  * DocumentDB looks at a document's outer length only: what is broken inside is
- * stored, and every client that reads it back fails.  MongoDB checks documents
- * when they arrive, so the gateway wraps what a write brings in these functions.
- * They check structure (https://bsonspec.org/spec.html), not UTF-8, as MongoDB does.
+ * stored, and every client that reads it back fails; in a query it can take the
+ * whole server down, as can text that is not UTF-8, which the engine repeats in
+ * its messages.  So the gateway wraps whatever comes from clients in these
+ * functions.  They check structure and UTF-8 (https://bsonspec.org/spec.html).
  */
 #include "postgres.h"
 
 #include "fmgr.h"
+#include "mb/pg_wchar.h"
 #include "port/pg_bswap.h"
 #include "varatt.h"
 
@@ -25,13 +27,31 @@ read_int32(const unsigned char *at)
 	return (int32) ((uint32) at[0] | (uint32) at[1] << 8 | (uint32) at[2] << 16 | (uint32) at[3] << 24);
 }
 
+/* Are these bytes UTF-8?  NULs among them are. */
+static bool
+is_utf8(const unsigned char *at, int length)
+{
+	while (length > 0)
+	{
+		int			good = pg_encoding_verifymbstr(PG_UTF8, (const char *) at, length);
+
+		if (good == length)
+			return true;
+		if (at[good] != 0)
+			return false;
+		at += good + 1;
+		length -= good + 1;
+	}
+	return true;
+}
+
 /* Behind a NUL-terminated string, or NULL if it does not end before 'end'. */
 static const unsigned char *
 skip_cstring(const unsigned char *at, const unsigned char *end)
 {
 	const unsigned char *nul = at < end ? memchr(at, 0, end - at) : NULL;
 
-	return nul ? nul + 1 : NULL;
+	return nul && is_utf8(at, nul - at) ? nul + 1 : NULL;
 }
 
 /* Behind a length-prefixed string, or NULL if it is malformed. */
@@ -43,7 +63,7 @@ skip_string(const unsigned char *at, const unsigned char *end)
 	if (end - at < 5)
 		return NULL;
 	length = read_int32(at);
-	if (length < 1 || length > end - at - 4 || at[4 + length - 1] != 0)
+	if (length < 1 || length > end - at - 4 || at[4 + length - 1] != 0 || !is_utf8(at + 4, length - 1))
 		return NULL;
 	return at + 4 + length;
 }
@@ -102,7 +122,12 @@ skip_scalar(unsigned char type, const unsigned char *at, const unsigned char *en
 			if (end - at < 5)
 				return NULL;
 			length = read_int32(at);
-			return length >= 0 && length <= end - at - 5 ? at + 5 + length : NULL;
+			if (length < 0 || length > end - at - 5)
+				return NULL;
+			/* The old subtype has a length of its own in front. */
+			if (at[4] == 2 && (length < 4 || read_int32(at + 5) != length - 4))
+				return NULL;
+			return at + 5 + length;
 		default:
 			return NULL;
 	}
@@ -170,7 +195,7 @@ checked(PG_FUNCTION_ARGS, bool many)
 	if (!valid)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_BINARY_REPRESENTATION),
-				 errmsg("invalid BSON: a document is malformed or nested more than %d levels deep", MAX_DEPTH)));
+				 errmsg("invalid BSON: a document is malformed, not in UTF-8, or nested more than %d levels deep", MAX_DEPTH)));
 	PG_RETURN_POINTER(data);
 }
 

@@ -56,7 +56,7 @@
 	"  'in_recovery', pg_is_in_recovery()," \
 	"  'started', to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')," \
 	"  'setting_errors', (SELECT coalesce(json_agg(json_build_object('name', coalesce(name, '')," \
-	"    'setting', coalesce(setting, ''), 'error', error) ORDER BY seqno), '[]')" \
+	"    'setting', left(coalesce(setting, ''), 200), 'error', error) ORDER BY seqno), '[]')" \
 	"   FROM pg_file_settings WHERE error IS NOT NULL AND (name IS NULL OR name LIKE 'ferretdb.%'))" \
 	" ))"
 

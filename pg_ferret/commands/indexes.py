@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from bson import encode
 
@@ -81,7 +83,13 @@ async def list_indexes(request: Request, client: Client) -> bytes:
         calls.LIST_INDEXES, (database(request), spec(request)), timeout(request)
     )
     document = documents.decode(page or b"")
-    for index in document["cursor"]["firstBatch"]:
-        if index.get("storageEngine") == _ENGINE_DETAIL:
-            del index["storageEngine"]
-    return encode(document)
+    cursor = dict(document["cursor"])
+    cursor["firstBatch"] = [_without_engine_detail(index) for index in cursor["firstBatch"]]
+    return encode(document | {"cursor": cursor})
+
+
+def _without_engine_detail(index: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(index)
+    if "storageEngine" in found and dict(found["storageEngine"]) == _ENGINE_DETAIL:
+        del found["storageEngine"]
+    return found

@@ -24,7 +24,6 @@ from pg_ferret.state.client import Client
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
-_RAW = documents.OPTIONS.with_options(document_class=RawBSONDocument)
 _log = structlog.get_logger()
 INDEX_NAME = re.compile(r"Index '(.*)'", re.DOTALL)
 # Raised errors name PostgreSQL's constraint; those of collection_pk_N are about _id.
@@ -125,7 +124,7 @@ class _Statements:
         """The document that statement ``index`` of an insert or update was to store, as far as it is known."""
         if index >= len(self._items):
             return None
-        statement = RawBSONDocument(bytes(self._items[index]), _RAW)
+        statement = RawBSONDocument(bytes(self._items[index]), documents.OPTIONS)
         return statement if self._are_documents else _known(statement.get("u"))
 
 

@@ -48,7 +48,6 @@ class Backend:
     """A leased connection.  `execute` is the hot path; everything else is life and death."""
 
     __slots__ = (
-        "_cancelling",
         "_conn",
         "_ended",
         "_error",
@@ -63,6 +62,7 @@ class Backend:
         "_waiter",
         "_writing",
         "busy",
+        "held",
         "idle_ticks",
         "lost",
         "swollen",
@@ -83,7 +83,7 @@ class Backend:
         self._loop = loop
         self._prepared = conn.prepared_names
         self._preparing: list[bytes] = []  # the statements that this batch prepares, in order
-        self._cancelling = False  # a cancel request is under way
+        self.held = False  # a cancel request is on its way: nobody else may have the connection before it has arrived
         self.busy = False  # an answer is still to come
         self._row: Row | None = None
         self._error: Exception | None = None
@@ -186,7 +186,7 @@ class Backend:
         sqlstate = result.error_field(_SQLSTATE)
         message = result.error_field(_MESSAGE)
         self._last_words = result.error_field(_SEVERITY) in _FATAL
-        if self._pg.status == _BAD or sqlstate is None:
+        if self._last_words or self._pg.status == _BAD or sqlstate is None:
             return EngineLostError((message or self._pg.error_message or b"connection lost").decode("utf-8", "replace"))
         return EngineError(sqlstate.decode("ascii", "replace"), (message or b"").decode("utf-8", "replace"))
 
@@ -196,7 +196,7 @@ class Backend:
         error, self._error = self._error, None
         if self._preparing:  # what an error kept from being prepared
             self._preparing.clear()
-        if not self.lost and not self._cancelling:
+        if not self.lost and not self.held:
             self._released(self)
         if waiter is None or waiter.done():
             return
@@ -265,14 +265,17 @@ class Backend:
 
         The connection is not released before the request has arrived: it would hit the next call.
         """
-        if self._waiter is None or self.lost:
+        self.held = True
+        if self._waiter is None or self.lost:  # it has ended since
+            self.held = False
+            if not self.lost:
+                self._released(self)
             return True
-        self._cancelling = True
         self._waiter = ended = self._loop.create_future()  # the caller has given up
         with contextlib.suppress(psycopg.Error):  # it is the call's end that counts
             await self._conn.cancel_safe(timeout=_CANCEL_SECONDS)
         await asyncio.wait([ended], timeout=_CANCEL_SECONDS)
-        self._cancelling = False
+        self.held = False
         if ended.done():
             ended.exception()  # seen
             if not self.lost:

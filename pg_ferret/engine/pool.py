@@ -109,7 +109,9 @@ class Pool:
         for task in tuple(self._tasks):
             task.cancel()
         # PostgreSQL would go on with what nobody waits for any more.
-        running = [self._loop.create_task(backend.cancel()) for backend in self._all if backend.busy]
+        running = [
+            self._loop.create_task(backend.cancel()) for backend in self._all if backend.busy and not backend.held
+        ]
         if running:
             await asyncio.wait(running, timeout=_CLOSE_SECONDS)
         self._all.update(self._unheeding)
@@ -149,7 +151,8 @@ class Pool:
     def abandon(self, request: str) -> None:
         """Cancel the calls for which nobody waits any more; ``request`` tells what they were made for."""
         for backend in self._all:
-            if backend.abandoned:
+            if backend.abandoned and not backend.held:
+                backend.held = True  # now: before the task begins, the call may end and the next one be given it
                 self._spawn(self._recover(backend, request))
 
     async def _next(self) -> Backend:

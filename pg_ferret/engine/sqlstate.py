@@ -74,6 +74,8 @@ def translate(sqlstate: str, message: str) -> tuple[int, str]:
         return code, message
     if sqlstate == "57014" and "statement timeout" in message:
         return 50, "operation exceeded time limit"
+    if sqlstate[:2] == "08":
+        return 91, "PostgreSQL lost a connection of its own"
     known = _TABLE.get(sqlstate)
     if known is None:
         return 1, f"internal error (SQLSTATE {sqlstate})"

@@ -33,6 +33,8 @@ def code_of(error: PyMongoError) -> str:
     details = getattr(error, "details", None)
     if isinstance(error, OperationFailure) or (isinstance(details, dict) and details.get("code")):
         found = details if isinstance(details, dict) else {}
+        if found.get("code") == 1:
+            return str(error)  # InternalError: what it says is what is to be mended
         return f"{found.get('code')} {found.get('codeName', '')}".strip()
     return type(error).__name__
 

@@ -87,13 +87,14 @@ def fault(
     return enter
 
 
-def run(item: Fault, rounds: int) -> Result:
-    """Everything for one fault, from a new cluster to its last process."""
+def run(item: Fault, rounds: int, patience: float = 1.0) -> Result:
+    """Everything for one fault, from a new cluster to its last process; ``patience`` multiplies its time limits."""
     started = time.monotonic()
     cluster = new_cluster({"ferretdb.cursor_timeout": "2s", **item.settings})
     try:
         cluster.start()
-        return _run(item, rounds, Stage(cluster, _load(cluster.uri, cluster.port, item), item.within), started)
+        stage = Stage(cluster, _load(cluster.uri, cluster.port, item), item.within * patience)
+        return _run(item, rounds, stage, started)
     finally:
         cluster.destroy()
 

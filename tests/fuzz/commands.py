@@ -32,6 +32,8 @@ DATABASES = ("fuzz_a", "fuzz_b")
 COLLECTIONS = ("c", "d", "käse", "e")
 # Stands for the id of a cursor that is open: live.py puts the latest one in its place.
 A_CURSOR = Int64(0x1BADCAFE5EED)
+# What `wordy` repeats, for those who want to misspell it.
+WORD = b"abxf"
 # MongoDB's own ways to end the server, should they come to be implemented.
 _NEVER = frozenset((b"shutdown", b"fsync", b"setFeatureCompatibilityVersion"))
 KNOWN = tuple(sorted(name.decode() for name in (COMMANDS.keys() | MISSING) - _NEVER))
@@ -381,3 +383,23 @@ def named(random: Random) -> Document:
         name = "".join(random.choice("abcdeFIND$.\u00e9\U0001f980 ") for _ in range(random.choice((0, 1, 5, 200))))
     first = value(random) if random.random() < 0.5 else random.choice(COLLECTIONS)
     return {name: first} | {key: item for key, item in rest if key != name}
+
+
+def wordy(random: Random) -> Document:
+    """A query that is refused in words that repeat it."""
+    word = WORD.decode()
+    words = [[word, {word: 1}], [Regex(word)], [Code(word)], {word: word}, Code(word, {word: 1}), word]
+    operator = random.choice(_MATCH if random.random() < 0.7 else (*_LOGIC, *_COMPUTE))
+    filtered = {random.choice(_FIELDS): {operator: random.choice(words)}}
+    statement = {"q": filtered, "u": {random.choice(_CHANGE): random.choice(words)}, "limit": 1}
+    name, options = random.choice(
+        (
+            ("find", {"filter": filtered}),
+            ("count", {"query": filtered}),
+            ("findAndModify", {"query": filtered, "remove": True}),
+            ("update", {"updates": [statement]}),
+            ("delete", {"deletes": [statement]}),
+            ("aggregate", {"pipeline": [{random.choice(_STAGES): filtered}], "cursor": {}}),
+        )
+    )
+    return {name: random.choice(COLLECTIONS), **options, "$db": random.choice(DATABASES)}

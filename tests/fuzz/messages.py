@@ -13,7 +13,7 @@ from random import Random
 import bson
 import crc32c
 
-from tests.fuzz.commands import command, confused, named, value
+from tests.fuzz.commands import WORD, command, confused, named, value, wordy
 
 OP_QUERY, OP_MSG = 2004, 2013
 _OPCODES = (0, 1, 2001, 2002, 2004, 2005, 2006, 2007, 2010, 2011, 2012, 2013, 2**31 - 1, -1)
@@ -181,8 +181,12 @@ def _corrupted(random: Random, number: int) -> bytes:
 
 def _misspelt(random: Random, number: int) -> bytes:
     """Well-formed but for the characters: names and strings that are not UTF-8, which error texts may repeat."""
-    data = bytearray(_confused(random, number))
-    letters = [place for place in range(40, len(data)) if data[place] in b"abxfuz.$"]
+    if random.random() < 0.5:
+        data = bytearray(msg(body(bson.encode(wordy(random))), number))
+        letters = [place + 1 for place in range(len(data)) if data.startswith(WORD, place)]
+    else:
+        data = bytearray(_confused(random, number))
+        letters = [place for place in range(40, len(data)) if data[place] in b"abxfuz.$"]
     for place in random.sample(letters, min(len(letters), random.randrange(1, 4))):
         data[place] = random.choice((0xFF, 0xC3, 0xED, 0x80, 0xF8))
     return bytes(data)

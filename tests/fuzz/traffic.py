@@ -10,16 +10,12 @@ from collections import Counter, deque
 from contextlib import suppress
 
 import bson
-from bson.codec_options import CodecOptions, DatetimeConversion
-from bson.errors import BSONError
 
 from pg_ferret.errors import CommandError, ProtocolError
 from pg_ferret.wire import message as wire
 from tests.fuzz.commands import A_CURSOR
+from tests.fuzz.lenient import decoded
 
-LENIENT: CodecOptions[dict[str, object]] = CodecOptions(
-    unicode_decode_error_handler="surrogateescape", datetime_conversion=DatetimeConversion.DATETIME_MS
-)
 # No message is due an answer for longer.
 OVERDUE_SECONDS = 30.0
 _CURSOR = bson.encode({"": A_CURSOR})[6:-1]
@@ -287,8 +283,8 @@ class Traffic:
         if answered_id != struct.unpack_from("<i", frame, 4)[0]:
             self.findings.add("an answer to another message", f"{frame.hex()} -> {answer.hex()}")
         try:
-            document = bson.decode(answer[21 if opcode == 2013 else 36 :], LENIENT)
-        except BSONError as error:
+            document = decoded(answer[21 if opcode == 2013 else 36 :])
+        except ValueError as error:
             self.findings.add("an answer that is no BSON", f"{error}: {frame.hex()} -> {answer.hex()}")
             return
         code, text = document.get("code", 0), str(document.get("errmsg", ""))

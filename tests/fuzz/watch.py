@@ -10,17 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import bson
-from bson.errors import BSONError
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
 from dev.cluster import Cluster
-from tests.fuzz.traffic import LENIENT, OVERDUE_SECONDS, Findings
+from tests.fuzz.lenient import Document, decoded
+from tests.fuzz.traffic import OVERDUE_SECONDS, Findings
 
-Document = dict[str, Any]
 Command = list[tuple[bytes, int | str]]
 DATABASE = "watchdog"
 _PROBE_SECONDS = 5.0
@@ -188,8 +185,8 @@ class Reader:
         (length,) = struct.unpack("<i", head := self._exactly(4))
         answer = (head + self._exactly(length - 4))[21:]
         try:
-            document: Document = bson.decode(answer, LENIENT)
-        except BSONError as error:
+            document = decoded(answer)
+        except ValueError as error:
             self._findings.add("what is stored cannot be read back", f"{command}: {error}")
             return {}
         if document.get("ok") != 1.0:

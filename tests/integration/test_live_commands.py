@@ -6,7 +6,10 @@ import time
 from typing import Any
 
 import pytest
-from bson import Int64
+from bson import Int64, encode
+from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
 from pymongo import MongoClient, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure
@@ -166,3 +169,38 @@ def test_a_long_batch_of_duplicates_stops_nobody(client: MongoClient[Document], 
     assert (errors[1]["index"], errors[1]["keyValue"], errors[1]["keyPattern"]) == (1, {"_id": 1}, {"_id": 1})
     # As MongoDB does, a megabyte of explanations is enough.
     assert errors[-1]["errmsg"] == ""
+
+
+def test_what_clients_store_keeps_no_reply_from_others(database: Database[Document]) -> None:
+    """Dates beyond Python's, and documents that look like references."""
+    database = database.with_options(CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_AUTO))
+    far = DatetimeMS(2**60)
+    documents = [{"_id": 1, "d": far}, {"_id": 2, "d": {"$ref": 5, "$id": 1}}]
+    database.c.insert_many(documents)
+    with pytest.raises(BulkWriteError) as failure:
+        database.c.insert_many([*documents, {"_id": 3}], ordered=False)
+    details = failure.value.details or {}
+    assert (details["nInserted"], [error["code"] for error in details["writeErrors"]]) == (1, [11000, 11000])
+    database.c.create_index("a", partialFilterExpression={"d": {"$gt": far}})
+    assert [index["name"] for index in database.c.list_indexes()] == ["_id_", "a_1"]
+    database.c.drop()
+    assert database.list_collection_names() == []
+
+
+@pytest.mark.parametrize(
+    "command", [{"drop": "c\0x"}, {"collStats": "c\0x"}, {"dataSize": "d.c\0x"}, {"count": "x" * 256}]
+)
+def test_names_that_mean_another_collection_are_refused(database: Database[Document], command: Document) -> None:
+    database.c.insert_one({})
+    assert code_of(database, command) == 73
+    assert database.c.count_documents({}) == 1
+
+
+def test_text_that_is_not_utf8_reaches_no_engine(database: Database[Document]) -> None:
+    """The engine would repeat it in an error message and take PostgreSQL down with it."""
+    broken = RawBSONDocument(encode({"$size": ["XX"]}).replace(b"XX", b"\xff\xfe"))
+    for command in (
+        {"find": "c", "filter": {"b": broken}},
+        {"delete": "c", "deletes": [{"q": {"b": broken}, "limit": 1}]},
+    ):
+        assert code_of(database, command) == 22
