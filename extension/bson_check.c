@@ -31,16 +31,17 @@ read_int32(const unsigned char *at)
 static bool
 is_utf8(const unsigned char *at, int length)
 {
-	while (length > 0)
-	{
-		int			good = pg_encoding_verifymbstr(PG_UTF8, (const char *) at, length);
+	const unsigned char *end = at + length;
 
-		if (good == length)
-			return true;
-		if (at[good] != 0)
+	while (at < end)
+	{
+		/* Only up to the next NUL: PostgreSQL's function reads all it is given, each time. */
+		const unsigned char *nul = memchr(at, 0, end - at);
+		int			part = (nul ? nul : end) - at;
+
+		if (pg_encoding_verifymbstr(PG_UTF8, (const char *) at, part) != part)
 			return false;
-		at += good + 1;
-		length -= good + 1;
+		at += part + 1;
 	}
 	return true;
 }

@@ -439,7 +439,10 @@ watch_supervisor(void)
 		supervisor_aborted = true;
 	}
 	else if (silent >= SUPERVISOR_TIMEOUT_MS + ABORT_GRACE_MS)
+	{
 		kill(supervisor, SIGKILL);
+		supervisor_heard = now - SUPERVISOR_TIMEOUT_MS; /* should even that take time, don't spin */
+	}
 }
 
 /* Before exit, for whatever reason: take the process tree along.  Without us, PDEATHSIG does that. */

@@ -145,8 +145,14 @@ def postmaster_killed(stage: Stage) -> None:
 
 def _start_again(stage: Stage) -> None:
     stage.hang_up()
-    stage.cluster.start()
+    # DocumentDB's own background worker may sleep for ten seconds before it notices that the postmaster has gone.
+    stage.until(lambda: _starts(stage), "PostgreSQL starts")
     stage.until(stage.ready, "all workers are ready")
+
+
+def _starts(stage: Stage) -> bool:
+    stage.cluster.start()
+    return True
 
 
 def _stop(stage: Stage, mode: str) -> None:

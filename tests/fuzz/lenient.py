@@ -1,4 +1,4 @@
-"""Reading whatever a server may rightly store: PyMongo refuses some of it, UUIDs of another length than 16 for example."""
+"""Reading whatever a server may rightly store: PyMongo refuses some of it, UUIDs that have not 16 bytes for example."""
 
 from __future__ import annotations
 
