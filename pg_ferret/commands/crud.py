@@ -12,8 +12,11 @@ from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
 from pg_ferret.state.cursors import Cursor
+from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
+# Reads that take a while or change the session while they run.
+_ALONE = frozenset((b"sort", b"skip", b"maxTimeMS", b"collation", b"hint", b"min", b"max"))
 _FOR_EVER = float("inf")
 # A findAndModify that found its document and changed nothing: the engine says that it found none.
 _FOUND_NOTHING = b"\x10n\0\0\0\0\0\x08updatedExisting\0\0\0\x03value\0"
@@ -40,8 +43,32 @@ async def find(request: Request, client: Client) -> bytes:
     if b"tailable" in request.fields and request.true(b"tailable"):
         raise CommandError(2, "error processing query: tailable cursor requested on non capped collection")
     db, name = database(request), collection(request)
-    row = await client.services.engine.call(calls.FIND, (db, spec(request)))
-    return _page(row, db + b"." + name, request, client)
+    namespace = db + b"." + name
+    engine = client.services.engine
+    shape = _shape(request, namespace)
+    if shape is None:
+        row = await engine.call(calls.FIND, (db, spec(request)))
+    else:
+        row = await engine.share(calls.FIND, (db, spec(request)), shape)
+    return _page(row, namespace, request, client)
+
+
+def _shape(request: Request, namespace: bytes) -> bytes | None:
+    """What reads of about the same cost have in common, if the read may share a connection with others.
+
+    It must leave nothing behind on the connection: no cursor and no time limit.
+    """
+    fields = request.fields
+    if b"singleBatch" not in fields or not _ALONE.isdisjoint(fields) or not request.true(b"singleBatch"):
+        return None
+    span = fields.get(b"filter")
+    if span is None or span[0] != bson.DOCUMENT:
+        return namespace
+    _, start, end = span
+    # The first condition's type and name, and about how long the whole is.
+    frame = request.frame
+    stop = frame.find(0, start + 5, end)
+    return b"%b\0%b%d" % (namespace, frame[start + 4 : max(stop, start + 4)], (end - start) >> 5)
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")

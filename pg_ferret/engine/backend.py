@@ -180,15 +180,7 @@ class Backend:
             else:
                 self._row = ()
         elif status != _PIPELINE_ABORTED:
-            self._error = self._error_of(result)
-
-    def _error_of(self, result: pq.abc.PGresult) -> Exception:
-        sqlstate = result.error_field(_SQLSTATE)
-        message = result.error_field(_MESSAGE)
-        self._last_words = result.error_field(_SEVERITY) in _FATAL
-        if self._last_words or self._pg.status == _BAD or sqlstate is None:
-            return EngineLostError((message or self._pg.error_message or b"connection lost").decode("utf-8", "replace"))
-        return EngineError(sqlstate.decode("ascii", "replace"), (message or b"").decode("utf-8", "replace"))
+            self._error, self._last_words = error_of(self._pg, result)
 
     def _finish(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -281,3 +273,13 @@ class Backend:
             if not self.lost:
                 self._released(self)
         return ended.done()
+
+
+def error_of(pg: pq.abc.PGconn, result: pq.abc.PGresult) -> tuple[Exception, bool]:
+    """What a failed result says, and whether it is the last the server says on this connection."""
+    sqlstate = result.error_field(_SQLSTATE)
+    message = result.error_field(_MESSAGE)
+    fatal = result.error_field(_SEVERITY) in _FATAL
+    if fatal or pg.status == _BAD or sqlstate is None:
+        return EngineLostError((message or pg.error_message or b"connection lost").decode("utf-8", "replace")), fatal
+    return EngineError(sqlstate.decode("ascii", "replace"), (message or b"").decode("utf-8", "replace")), False

@@ -20,6 +20,7 @@ import structlog
 from pg_ferret.engine.backend import Backend, Params, Row, Session
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.limits import Limits
+from pg_ferret.engine.shared import Costs, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.errors import CommandError
 
@@ -62,6 +63,9 @@ class Pool:
         self._reachable = True
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._costs = Costs()
+        self._line: SharedLine | None = None
+        self._line_coming = False
         self._closed = False
         self._source = psycopg_pool.AsyncConnectionPool(
             conninfo,
@@ -79,12 +83,12 @@ class Pool:
     @property
     def size(self) -> int:
         """Connections leased."""
-        return len(self._all)
+        return len(self._all) + (self._line is not None)
 
     @property
     def in_use(self) -> int:
         """Connections that serve a request now."""
-        return len(self._all) - len(self._idle)
+        return len(self._all) - len(self._idle) + (self._line is not None and self._line.busy)
 
     @property
     def waiting(self) -> int:
@@ -115,6 +119,10 @@ class Pool:
         if running:
             await asyncio.wait(running, timeout=_CLOSE_SECONDS)
         self._all.update(self._unheeding)
+        if (line := self._line) is not None:
+            self._line = None
+            line.drop()
+            await self._close_line(line)
         for backend in tuple(self._all):
             await self._give_back(backend)
         await self._source.close()
@@ -125,7 +133,9 @@ class Pool:
         if not self._open:
             return
         await self._resize_source()
-        while self._idle and len(self._all) > limits.largest:
+        if limits.largest < 2 and self._line is not None:
+            self._line.drop()
+        while self._idle and self.size > limits.largest:
             await self._give_back(self._idle[0])
         for _ in range(limits.smallest - len(self._all) - self._growing):
             self._grow()
@@ -141,6 +151,41 @@ class Pool:
         if self._idle:
             return self._idle.pop().execute(call, params, timeout_ms)
         return self._call_later(call, params, timeout_ms)
+
+    def share(self, call: Call, params: Params, shape: bytes) -> Awaitable[Row]:
+        """As `call`, for reads: those whose ``shape`` has been cheap lately share one connection."""
+        line = self._line
+        if line is not None and line.takes(shape):
+            return line.add(call, params, shape)
+        return self._measured(call, params, shape)
+
+    async def _measured(self, call: Call, params: Params, shape: bytes) -> Row:
+        backend = self._idle.pop() if self._idle else await self._next()
+        started = self._loop.time()
+        row = await backend.execute(call, params)
+        self._costs.note(shape, self._loop.time() - started)
+        if self._line is None and not self._line_coming and self._limits.largest > 1:
+            self._line_coming = True
+            self._spawn(self._open_line())
+        return row
+
+    async def _open_line(self) -> None:
+        try:
+            connection = await self._source.getconn()
+        except (psycopg_pool.PoolTimeout, psycopg.Error):
+            return  # reads go alone until the next one of them tries again
+        finally:
+            self._line_coming = False
+        self._line = SharedLine(connection, self._costs, self.call, self._line_ended)
+
+    def _line_ended(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            self._spawn(self._close_line(line))
+
+    async def _close_line(self, line: SharedLine) -> None:
+        await line.connection.close()
+        await self._source.putconn(line.connection)
 
     async def _call_later(self, call: Call, params: Params, timeout_ms: bytes | None) -> Row:
         backend = await self._next()
@@ -193,7 +238,7 @@ class Pool:
         """A connection has come free."""
         if backend.lost or (self._unheeding and not self._heeds(backend)):
             return
-        if len(self._all) > self._limits.largest:
+        if self.size > self._limits.largest:
             self._spawn(self._give_back(backend))
             return
         while self._waiting:
@@ -242,7 +287,7 @@ class Pool:
             self._grow()
 
     def _grow(self) -> None:
-        if self._open and len(self._all) + self._growing < self._limits.largest:
+        if self._open and self.size + self._growing < self._limits.largest:
             self._growing += 1
             self._spawn(self._lease())
 
