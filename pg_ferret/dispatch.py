@@ -29,11 +29,12 @@ async def respond(frame: bytes, client: Client) -> bytes | None:
     request = None
     try:
         request = parse(frame)
-        command = COMMANDS.get(request.name)
+        memo = request.memo
+        command = None if memo is None else memo.get("command")
         if command is None:
-            raise _no_such_command(request.name)
-        if not _GATED.isdisjoint(request.fields) or request.legacy or command.admin_only:
-            _pass_gates(request, command)
+            command = _admitted(request)
+            if memo is not None:
+                memo["command"] = command
         document = await command.handler(request, client)
         return None if request.silent else reply(document, request.request_id, request.legacy)
     except ProtocolError:
@@ -47,8 +48,14 @@ async def respond(frame: bytes, client: Client) -> bytes | None:
     return None if silent else reply(error_document(failure), request_id, legacy)
 
 
-def _pass_gates(request: Request, command: Command) -> None:
-    """Raises CommandError for a request that must not be run as it is."""
+def _admitted(request: Request) -> Command:
+    """The command that a request asks for; it depends on fields that are the same in all requests of a shape.
+
+    Raises CommandError for an unknown one and for one that must not be run as it is.
+    """
+    command = COMMANDS.get(request.name)
+    if command is None:
+        raise _no_such_command(request.name)
     if not _GATED.isdisjoint(request.fields):
         # Never run as if it were in a transaction: MongoDB's standalone servers refuse in these words.
         raise CommandError(20, "Transaction numbers are only allowed on a replica set member or mongos")
@@ -56,6 +63,7 @@ def _pass_gates(request: Request, command: Command) -> None:
         raise CommandError(352, f"Unsupported OP_QUERY command: {command.name}")
     if command.admin_only and request.string(b"$db") != b"admin":
         raise CommandError(13, f"{command.name} may only be run against the admin database.")
+    return command
 
 
 def _failure(error: Exception, request: Request | None, client: Client) -> CommandError:

@@ -62,6 +62,11 @@ def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryvie
     return bson.document(body[4:-1], *arrays)
 
 
+def must_be_rewritten(request: Request) -> bool:
+    """Whether the engine must not see the command document as it came."""
+    return bool(request.sequences) or not _NOT_FOR_THE_ENGINE.isdisjoint(request.fields)
+
+
 def timeout(request: Request) -> bytes | None:
     """maxTimeMS for calls that do not look at it themselves, as text in milliseconds; raises CommandError."""
     if b"maxTimeMS" not in request.fields:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from pg_ferret.commands import write_errors
-from pg_ferret.commands.arguments import collection, database, session, spec
+from pg_ferret.commands.arguments import collection, database, must_be_rewritten, session, spec
 from pg_ferret.engine import calls
 from pg_ferret.engine.backend import Row
 from pg_ferret.errors import CommandError, EngineError
@@ -16,6 +17,7 @@ from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
 # Reads that take a while or change the session while they run.
+_FLAGS = frozenset((b"tailable", b"singleBatch"))
 _ALONE = frozenset((b"sort", b"skip", b"maxTimeMS", b"collation", b"hint", b"min", b"max"))
 _FOR_EVER = float("inf")
 # A findAndModify that found its document and changed nothing: the engine says that it found none.
@@ -38,37 +40,53 @@ def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes
     return page
 
 
+class _Find(NamedTuple):
+    """What there is to know of a find before its filter is looked at."""
+
+    db: bytes
+    namespace: bytes
+    rewritten: bool  # the engine must not see it as it came
+    filter: bson.Span | None  # of a read that may share a connection
+
+
 @command("find", help="Returns the documents that match a filter.")
 async def find(request: Request, client: Client) -> bytes:
-    if b"tailable" in request.fields and request.true(b"tailable"):
-        raise CommandError(2, "error processing query: tailable cursor requested on non capped collection")
-    db, name = database(request), collection(request)
-    namespace = db + b"." + name
-    engine = client.services.engine
-    shape = _shape(request, namespace)
-    if shape is None:
-        row = await engine.call(calls.FIND, (db, spec(request)))
+    memo = request.memo
+    known: _Find | None = None if memo is None else memo.get("find")
+    if known is None:
+        known = _look_at(request)
+        # A flag that is a number may be another one in the next request of the shape.
+        if memo is not None and all(request.fields[name][0] == bson.BOOL for name in _FLAGS & request.fields.keys()):
+            memo["find"] = known
+    db, namespace, rewritten, span = known
+    frame = request.frame
+    body = spec(request) if rewritten else memoryview(frame)[request.start : request.end]
+    if span is None:
+        row = await client.services.engine.call(calls.FIND, (db, body))
     else:
-        row = await engine.share(calls.FIND, (db, spec(request)), shape)
+        # Of about the same cost: the same first condition by name and type, about the same length.
+        _, start, end = span
+        stop = frame.find(0, start + 5, end)
+        shape = b"%b\0%b%d" % (namespace, frame[start + 4 : max(stop, start + 4)], (end - start) >> 5)
+        row = await client.services.engine.share(calls.FIND, (db, body), shape)
+    if row[1] is None:
+        page = row[0]
+        assert page is not None
+        return page
     return _page(row, namespace, request, client)
 
 
-def _shape(request: Request, namespace: bytes) -> bytes | None:
-    """What reads of about the same cost have in common, if the read may share a connection with others.
-
-    It must leave nothing behind on the connection: no cursor and no time limit.
-    """
+def _look_at(request: Request) -> _Find:
+    if b"tailable" in request.fields and request.true(b"tailable"):
+        raise CommandError(2, "error processing query: tailable cursor requested on non capped collection")
+    db = database(request)
     fields = request.fields
-    if b"singleBatch" not in fields or not _ALONE.isdisjoint(fields) or not request.true(b"singleBatch"):
-        return None
     span = fields.get(b"filter")
-    if span is None or span[0] != bson.DOCUMENT:
-        return namespace
-    _, start, end = span
-    # The first condition's type and name, and about how long the whole is.
-    frame = request.frame
-    stop = frame.find(0, start + 5, end)
-    return b"%b\0%b%d" % (namespace, frame[start + 4 : max(stop, start + 4)], (end - start) >> 5)
+    # It must leave nothing behind on the connection: no cursor and no time limit.
+    shares = (
+        request.true(b"singleBatch") and _ALONE.isdisjoint(fields) and span is not None and span[0] == bson.DOCUMENT
+    )
+    return _Find(db, db + b"." + collection(request), must_be_rewritten(request), span if shares else None)
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")

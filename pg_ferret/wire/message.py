@@ -6,7 +6,7 @@ OP_MSG and OP_QUERY as in the manual's "MongoDB Wire Protocol" and the driver sp
 from __future__ import annotations
 
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 
 import crc32c
 
@@ -46,14 +46,15 @@ def frame_length(head: bytes | bytearray | memoryview) -> int:
 class Request:
     """One command as it came: the frame, where its body is, and where the body's top-level fields are."""
 
-    __slots__ = ("end", "fields", "frame", "legacy", "name", "request_id", "sequences", "silent", "start")
+    __slots__ = ("end", "fields", "frame", "legacy", "memo", "name", "request_id", "sequences", "silent", "start")
 
     frame: bytes
     request_id: int
     start: int  # the body document is frame[start:end]
     end: int
     name: bytes  # the command: the first field's name
-    fields: dict[bytes, bson.Span]
+    fields: dict[bytes, bson.Span]  # not to be changed: requests of one shape share it
+    memo: dict[str, Any] | None  # what was found out for all requests of this shape; see `Shapes`
     sequences: dict[bytes, memoryview]  # kind-1 sections: field name -> documents, one behind the other
     silent: bool  # moreToCome: the client does not read a reply
     legacy: bool  # OP_QUERY: answered by OP_REPLY
@@ -83,6 +84,68 @@ _PLAIN: Final = b"\0\0\0\0\0"  # no flags, and a section of kind 0
 _NO_SEQUENCES: dict[bytes, memoryview] = {}
 
 
+class _Shape:
+    """Messages that differ only in what their values hold: the same fields lie at the same places in all of them."""
+
+    __slots__ = ("fields", "fixed", "mask", "memo", "name")
+
+    def __init__(self, request: Request) -> None:
+        self.fields = request.fields
+        self.name = request.name
+        self.memo: dict[str, Any] = {}
+        free = bytearray(b"\xff" * (len(request.frame) - _FIXED_FROM))
+        for kind, start, end in request.fields.values():
+            # What a value's size follows from stays fixed, and so do top-level strings and booleans: names and options.
+            first, last = start - _FIXED_FROM, end - _FIXED_FROM
+            if kind in (bson.DOCUMENT, bson.ARRAY):
+                free[first + 4 : last - 1] = bytes(last - first - 5)
+            elif kind in _OPEN_TYPES:
+                free[first:last] = bytes(last - first)
+        self.mask = int.from_bytes(free, "little")
+        self.fixed = int.from_bytes(request.frame[_FIXED_FROM:], "little") & self.mask
+
+
+class Shapes:
+    """Applications send few shapes of messages, again and again: the scan of one serves for all others like it."""
+
+    def __init__(self) -> None:
+        self._by_size: dict[int, list[_Shape]] = {}
+        self._misses = 0
+
+    def find(self, frame: bytes) -> _Shape | None:
+        """The shape of a plain OP_MSG frame, if it is known."""
+        shapes = self._by_size.get(len(frame))
+        if shapes is not None:
+            content = int.from_bytes(frame[_FIXED_FROM:], "little")
+            for shape in shapes:
+                if content & shape.mask == shape.fixed:
+                    return shape
+        return None
+
+    def learn(self, request: Request) -> None:
+        """Remember the shape of a request that has been scanned; at most so many, and now and then all anew."""
+        self._misses += 1
+        if self._misses >= _FORGET_AFTER:
+            self._misses = 0
+            self._by_size.clear()
+        if len(request.frame) > _LONGEST_SHAPE or len(self._by_size) >= _MOST_SIZES:
+            return
+        shapes = self._by_size.setdefault(len(request.frame), [])
+        if len(shapes) < _SHAPES_OF_A_SIZE:
+            shape = _Shape(request)
+            shapes.append(shape)
+            request.memo = shape.memo
+
+
+_FIXED_FROM: Final = 12  # behind the ids: opcode, flags, section kind and body
+_OPEN_TYPES: Final = frozenset((bson.DOUBLE, bson.DATE, bson.INT32, bson.INT64, 0x07, 0x11, 0x13))
+_LONGEST_SHAPE: Final = 1024
+_SHAPES_OF_A_SIZE: Final = 6
+_MOST_SIZES: Final = 256
+_FORGET_AFTER: Final = 4096
+_shapes = Shapes()
+
+
 def parse(frame: bytes) -> Request:
     """The request in a whole frame.
 
@@ -91,15 +154,29 @@ def parse(frame: bytes) -> Request:
     """
     request = Request()
     request.frame = frame
+    shape = _shapes.find(frame)
+    if shape is not None:
+        request.request_id = _int32(frame, 4)[0]
+        request.start = 21
+        request.end = len(frame)
+        request.name = shape.name
+        request.fields = shape.fields
+        request.memo = shape.memo
+        request.sequences = _NO_SEQUENCES
+        request.silent = request.legacy = False
+        return request
+    request.memo = None
     request.sequences = _NO_SEQUENCES
     request.legacy = False
     request.silent = False
     size = len(frame)
     _, request.request_id, _, opcode = _HEAD(frame)
+    plain = False
     if opcode == OP_MSG and frame.startswith(_PLAIN, 16) and size > 25 and _int32(frame, 21)[0] == size - 21:
         # Nearly every message: no flags, one body and nothing else.
         if frame[-1]:
             raise bson.InvalidBSONError("BSON document does not end in NUL")
+        plain = True
         request.start = 21
         request.end = size
     elif opcode == OP_MSG:
@@ -112,6 +189,8 @@ def parse(frame: bytes) -> Request:
     if not fields:
         raise bson.InvalidBSONError("the command document is empty")
     request.name = next(iter(fields))
+    if plain:
+        _shapes.learn(request)
     return request
 
 

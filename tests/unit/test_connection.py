@@ -14,6 +14,7 @@ from pg_ferret.connection import Connection
 from pg_ferret.registry import Command
 from pg_ferret.state.backlog import Backlog
 from pg_ferret.state.client import Client, Counters
+from pg_ferret.wire import message as wire_message
 from pg_ferret.wire.message import Request
 
 
@@ -93,6 +94,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
         return bson.encode({"slow": True, "ok": 1.0})
 
     monkeypatch.setitem(registry.COMMANDS, b"slow", Command("slow", slow, "", False))
+    monkeypatch.setattr(wire_message, "_shapes", wire_message.Shapes())  # they remember commands
     return event
 
 

@@ -1,0 +1,99 @@
+"""Requests of a known shape are not scanned: what is taken from the shape must be what a scan would find."""
+
+from __future__ import annotations
+
+import random
+import struct
+from typing import Any
+
+import bson as oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pg_ferret.errors import CommandError
+from pg_ferret.wire import bson, message
+
+_VALUES = st.one_of(
+    st.integers(-(2**31), 2**31 - 1),
+    st.integers(2**40, 2**50).map(oracle.Int64),
+    st.floats(allow_nan=False),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=6),
+    st.binary(max_size=6),
+    st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 9), max_size=2),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+_NAMES = st.sampled_from(["find", "filter", "limit", "$db", "lsid", "x"])
+_COMMANDS = st.dictionaries(_NAMES, _VALUES, min_size=1, max_size=5)
+
+
+def frame_of(command: dict[str, Any], number: int = 1) -> bytes:
+    body = oracle.encode(command)
+    return struct.pack("<iiiii", 21 + len(body), number, 0, 2013, 0) + b"\0" + body
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> message.Shapes:
+    """A memory of its own."""
+    made = message.Shapes()
+    monkeypatch.setattr(message, "_shapes", made)
+    return made
+
+
+def test_the_second_of_a_shape_is_not_scanned(shapes: message.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = message.parse(frame_of({"find": "c", "filter": {"_id": 1}, "limit": 1, "$db": "d"}, 7))
+    monkeypatch.setattr(bson, "scan", None)
+    second = message.parse(frame_of({"find": "c", "filter": {"_id": 2}, "limit": 9, "$db": "d"}, 8))
+    assert (second.request_id, second.name, second.integer(b"limit"), second.string(b"$db")) == (8, b"find", 9, b"d")
+    assert second.fields is first.fields
+    assert second.memo is first.memo
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"find": "x", "filter": {"_id": 1}, "limit": 1, "$db": "d"},
+        {"find": "c", "filter": {"_id": 1}, "limit": 1, "$db": "e"},
+        {"find": "c", "filter": {"_id": 1}, "limix": 1, "$db": "d"},
+        {"find": "c", "filter": ["abcdefgh"[:0] or 1], "limit": 1, "$db": "d"},
+        {"finx": "c", "filter": {"_id": 1}, "limit": 1, "$db": "d"},
+    ],
+)
+def test_names_types_and_options_make_the_shape(shapes: message.Shapes, other: dict[str, Any]) -> None:
+    first = message.parse(frame_of({"find": "c", "filter": {"_id": 1}, "limit": 1, "$db": "d"}))
+    assert message.parse(frame_of(other)).memo is not first.memo
+
+
+@given(st.lists(_COMMANDS, min_size=2, max_size=8), st.randoms(use_true_random=False))
+def test_a_shape_says_what_a_scan_says(commands: list[dict[str, Any]], chance: random.Random) -> None:
+    message._shapes = message.Shapes()
+    for command in commands:
+        whole = bytearray(frame_of(command))
+        for damaged in (False, True):
+            if damaged:
+                whole[chance.randrange(12, len(whole))] ^= 1 << chance.randrange(8)
+            frame = bytes(whole)
+            try:
+                expected: Any = bson.scan(frame, 21, len(frame))
+            except CommandError:
+                expected = None
+            if frame[12:21] != b"\xdd\x07\0\0\0\0\0\0\0" or struct.unpack_from("<i", frame, 21)[0] != len(frame) - 21:
+                continue
+            try:
+                found: Any = message.parse(frame).fields
+            except CommandError:
+                found = None
+            if frame[-1]:
+                assert found is None
+            else:
+                assert found == (expected or None)
+
+
+def test_what_is_remembered_is_bounded(shapes: message.Shapes) -> None:
+    for number in range(10_000):
+        message.parse(frame_of({"find": f"c{number:06}", "x" * (number % 400): 1}))
+    kept = shapes._by_size
+    assert len(kept) <= message._MOST_SIZES
+    assert max(map(len, kept.values())) <= message._SHAPES_OF_A_SIZE
