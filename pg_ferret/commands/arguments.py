@@ -62,9 +62,9 @@ def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryvie
     return bson.document(body[4:-1], *arrays)
 
 
-def must_be_rewritten(request: Request) -> bool:
-    """Whether the engine must not see the command document as it came."""
-    return bool(request.sequences) or not _NOT_FOR_THE_ENGINE.isdisjoint(request.fields)
+def unchanged(request: Request) -> bool:
+    """Whether the engine can be given the command document as it came, apart from document sequences."""
+    return _NOT_FOR_THE_ENGINE.isdisjoint(request.fields)
 
 
 def timeout(request: Request) -> bytes | None:

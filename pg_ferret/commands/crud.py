@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 from pg_ferret.commands import write_errors
-from pg_ferret.commands.arguments import collection, database, must_be_rewritten, session, spec
+from pg_ferret.commands.arguments import collection, database, session, spec, unchanged
 from pg_ferret.engine import calls
 from pg_ferret.engine.backend import Row
 from pg_ferret.errors import CommandError, EngineError
@@ -60,7 +60,7 @@ async def find(request: Request, client: Client) -> bytes:
             memo["find"] = known
     db, namespace, rewritten, span = known
     frame = request.frame
-    body = spec(request) if rewritten else memoryview(frame)[request.start : request.end]
+    body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
     if span is None:
         row = await client.services.engine.call(calls.FIND, (db, body))
     else:
@@ -86,7 +86,7 @@ def _look_at(request: Request) -> _Find:
     shares = (
         request.true(b"singleBatch") and _ALONE.isdisjoint(fields) and span is not None and span[0] == bson.DOCUMENT
     )
-    return _Find(db, db + b"." + collection(request), must_be_rewritten(request), span if shares else None)
+    return _Find(db, db + b"." + collection(request), not unchanged(request), span if shares else None)
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")
@@ -133,9 +133,20 @@ async def delete(request: Request, client: Client) -> bytes:
 
 async def _write(call: calls.Call, statements: bytes, request: Request, client: Client) -> bytes:
     """One write command; its statements come as a document sequence or as an array in the body."""
-    reply, success = await client.services.engine.call(
-        call, (database(request), spec(request, besides=statements), request.sequences.get(statements))
-    )
+    memo = request.memo
+    sequences = request.sequences
+    known: tuple[bytes, bool] | None = None if memo is None else memo.get("write")
+    if known is None:
+        known = database(request), not unchanged(request)
+        if memo is not None:
+            memo["write"] = known
+    db, rewritten = known
+    sequence = sequences.get(statements)
+    if rewritten or len(sequences) > (sequence is not None):
+        body = spec(request, besides=statements)
+    else:
+        body = memoryview(request.frame)[request.start : request.end]
+    reply, success = await client.services.engine.call(call, (db, body, sequence))
     assert reply is not None
     if success == b"\x01":
         return reply

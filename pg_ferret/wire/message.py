@@ -93,7 +93,7 @@ class _Shape:
         self.fields = request.fields
         self.name = request.name
         self.memo: dict[str, Any] = {}
-        free = bytearray(b"\xff" * (len(request.frame) - _FIXED_FROM))
+        free = bytearray(b"\xff" * (request.end - _FIXED_FROM))
         for kind, start, end in request.fields.values():
             # What a value's size follows from stays fixed, and so do top-level strings and booleans: names and options.
             first, last = start - _FIXED_FROM, end - _FIXED_FROM
@@ -102,7 +102,7 @@ class _Shape:
             elif kind in _OPEN_TYPES:
                 free[first:last] = bytes(last - first)
         self.mask = int.from_bytes(free, "little")
-        self.fixed = int.from_bytes(request.frame[_FIXED_FROM:], "little") & self.mask
+        self.fixed = int.from_bytes(request.frame[_FIXED_FROM : request.end], "little") & self.mask
 
 
 class Shapes:
@@ -112,11 +112,11 @@ class Shapes:
         self._by_size: dict[int, list[_Shape]] = {}
         self._misses = 0
 
-    def find(self, frame: bytes) -> _Shape | None:
-        """The shape of a plain OP_MSG frame, if it is known."""
-        shapes = self._by_size.get(len(frame))
+    def find(self, frame: bytes, end: int) -> _Shape | None:
+        """The shape of an OP_MSG frame that begins with its body, which ends at ``end``; None if it is not known."""
+        shapes = self._by_size.get(end)
         if shapes is not None:
-            content = int.from_bytes(frame[_FIXED_FROM:], "little")
+            content = int.from_bytes(frame[_FIXED_FROM:end], "little")
             for shape in shapes:
                 if content & shape.mask == shape.fixed:
                     return shape
@@ -128,9 +128,9 @@ class Shapes:
         if self._misses >= _FORGET_AFTER:
             self._misses = 0
             self._by_size.clear()
-        if len(request.frame) > _LONGEST_SHAPE or len(self._by_size) >= _MOST_SIZES:
+        if request.end > _LONGEST_SHAPE or len(self._by_size) >= _MOST_SIZES:
             return
-        shapes = self._by_size.setdefault(len(request.frame), [])
+        shapes = self._by_size.setdefault(request.end, [])
         if len(shapes) < _SHAPES_OF_A_SIZE:
             shape = _Shape(request)
             shapes.append(shape)
@@ -154,29 +154,29 @@ def parse(frame: bytes) -> Request:
     """
     request = Request()
     request.frame = frame
-    shape = _shapes.find(frame)
+    size = len(frame)
+    end = 21 + _int32(frame, 21)[0] if size > 25 else 0
+    shape = _shapes.find(frame, end) if 25 < end <= size else None
     if shape is not None:
         request.request_id = _int32(frame, 4)[0]
         request.start = 21
-        request.end = len(frame)
+        request.end = end
         request.name = shape.name
         request.fields = shape.fields
         request.memo = shape.memo
-        request.sequences = _NO_SEQUENCES
+        request.sequences = _NO_SEQUENCES if end == size else _sequences(frame, end, size)
         request.silent = request.legacy = False
         return request
     request.memo = None
     request.sequences = _NO_SEQUENCES
     request.legacy = False
     request.silent = False
-    size = len(frame)
     _, request.request_id, _, opcode = _HEAD(frame)
-    plain = False
-    if opcode == OP_MSG and frame.startswith(_PLAIN, 16) and size > 25 and _int32(frame, 21)[0] == size - 21:
+    plain = opcode == OP_MSG and frame.startswith(_PLAIN, 16)
+    if plain and end == size:
         # Nearly every message: no flags, one body and nothing else.
         if frame[-1]:
             raise bson.InvalidBSONError("BSON document does not end in NUL")
-        plain = True
         request.start = 21
         request.end = size
     elif opcode == OP_MSG:
@@ -189,7 +189,7 @@ def parse(frame: bytes) -> Request:
     if not fields:
         raise bson.InvalidBSONError("the command document is empty")
     request.name = next(iter(fields))
-    if plain:
+    if plain and request.start == 21:
         _shapes.learn(request)
     return request
 
@@ -221,8 +221,8 @@ def _parse_sections(request: Request, frame: bytes, limit: int) -> None:
     """Any number of sections in any order, exactly one of them a body."""
     position = 20
     request.start = 0
-    request.sequences = sequences = {}
-    view = memoryview(frame)
+    sequences: dict[bytes, memoryview] = {}
+    request.sequences = sequences
     while position < limit:
         kind = frame[position]
         position += 1
@@ -232,22 +232,39 @@ def _parse_sections(request: Request, frame: bytes, limit: int) -> None:
             request.start = position
             request.end = position = bson.document_end(frame, position, limit)
         elif kind == 1:
-            size = _int32(frame, position)[0] if position + 4 <= limit else 0
-            end = position + size
-            if size < 5 or end > limit:
-                raise ProtocolError("OP_MSG document sequence has an invalid size")
-            name_end = frame.find(0, position + 4, end)
-            if name_end < 0:
-                raise ProtocolError("OP_MSG document sequence has no name")
-            name = frame[position + 4 : name_end]
-            if name in sequences:
-                raise ProtocolError("OP_MSG has two document sequences of the same name")
-            sequences[name] = view[name_end + 1 : end]
-            position = end
+            position = _add_sequence(sequences, frame, position, limit)
         else:
             raise ProtocolError(f"OP_MSG section kind {kind} is not known")
     if not request.start:
         raise ProtocolError("OP_MSG has no body")
+
+
+def _sequences(frame: bytes, position: int, limit: int) -> dict[bytes, memoryview]:
+    """What follows a body that came first: document sequences and nothing else."""
+    sequences: dict[bytes, memoryview] = {}
+    while position < limit:
+        if frame[position] == 0:
+            raise ProtocolError("OP_MSG has more than one body")
+        if frame[position] != 1:
+            raise ProtocolError(f"OP_MSG section kind {frame[position]} is not known")
+        position = _add_sequence(sequences, frame, position + 1, limit)
+    return sequences
+
+
+def _add_sequence(sequences: dict[bytes, memoryview], frame: bytes, position: int, limit: int) -> int:
+    """Enter the document sequence at ``position``; returns where it ends."""
+    size = _int32(frame, position)[0] if position + 4 <= limit else 0
+    end = position + size
+    if size < 5 or end > limit:
+        raise ProtocolError("OP_MSG document sequence has an invalid size")
+    name_end = frame.find(0, position + 4, end)
+    if name_end < 0:
+        raise ProtocolError("OP_MSG document sequence has no name")
+    name = frame[position + 4 : name_end]
+    if name in sequences:
+        raise ProtocolError("OP_MSG has two document sequences of the same name")
+    sequences[name] = memoryview(frame)[name_end + 1 : end]
+    return end
 
 
 def _parse_query(request: Request, frame: bytes) -> None:
