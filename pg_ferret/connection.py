@@ -40,6 +40,7 @@ class Connection(asyncio.Protocol):
         "_busy",
         "_client",
         "_closed",
+        "_counters",
         "_draining",
         "_frame",
         "_hand_over",
@@ -57,6 +58,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, closed: Callable[[Connection], None]) -> None:
         self._client = client
+        self._counters = client.services.counters
         self._loop = loop
         self._closed = closed
         self._transport: asyncio.Transport | None = None
@@ -84,7 +86,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self._client.services.counters.bytes_in += len(data)
+        self._counters.bytes_in += len(data)
         try:
             # Nearly always one read is one message.
             if self._buffer is None and len(data) >= 4 and frame_length(data) == len(data):
@@ -162,7 +164,7 @@ class Connection(asyncio.Protocol):
                 self._frame = frame
                 answer = await respond(frame, self._client)
                 if answer is not None:
-                    self._client.services.counters.bytes_out += len(answer)
+                    self._counters.bytes_out += len(answer)
                     transport.write(answer)
                 if self._writable is not None:
                     await self._writable
@@ -204,7 +206,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: ProtocolError) -> None:
         """The client does not speak the protocol: it alone is closed."""
         _log.info("closing a connection", peer=self._client.peer, reason=str(error))
-        self._client.services.counters.errors += 1
+        self._counters.errors += 1
         self._refused = True
         self._ahead = None
         self._buffer = None

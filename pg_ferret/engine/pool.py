@@ -238,7 +238,7 @@ class Pool:
         """A connection has come free."""
         if backend.lost or (self._unheeding and not self._heeds(backend)):
             return
-        if self.size > self._limits.largest:
+        if len(self._all) + (self._line is not None) > self._limits.largest:
             self._spawn(self._give_back(backend))
             return
         while self._waiting:

@@ -1,0 +1,260 @@
+"""What a request costs, counted: the interpreter's instructions in our code, and the worker's system calls.
+
+Counts do not depend on the machine.  A change that is meant replaces the figures below, which its failure prints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+from bson import Binary, encode
+from pymongo import MongoClient
+
+from config.settings import Config, Server, Settings
+from dev.cluster import Cluster, wait_for
+from pg_ferret.connection import Connection
+from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.pool import Pool
+from pg_ferret.state.client import Client, Services
+from pg_ferret.state.cursors import Cursors
+from pg_ferret.status import StatusTable
+from tests.integration.conftest import CLIENT_OPTIONS
+
+Document = dict[str, Any]
+NewCluster = Callable[..., Cluster]
+
+TOLERANCE = 0.05
+# Instructions of CPython 3.14 for one request, by function.
+INSTRUCTIONS: dict[str, dict[str, int]] = {
+    "ping": {  # 389
+        "commands/handshake.py:ping": 3,
+        "connection.py:Connection._receive": 44,
+        "connection.py:Connection._serve": 68,
+        "connection.py:Connection.data_received": 38,
+        "connection.py:_start": 14,
+        "dispatch.py:respond": 65,
+        "engine/backend.py:Backend.__init__": 1,
+        "wire/message.py:Shapes.find": 33,
+        "wire/message.py:frame_length": 18,
+        "wire/message.py:parse": 86,
+        "wire/message.py:reply": 19,
+    },
+    "find": {  # 834
+        "commands/crud.py:find": 100,
+        "connection.py:Connection._receive": 42,
+        "connection.py:Connection._serve": 71,
+        "connection.py:Connection.data_received": 38,
+        "connection.py:_start": 14,
+        "dispatch.py:respond": 68,
+        "engine/pool.py:Pool.share": 19,
+        "engine/shared.py:Costs.cheap": 4,
+        "engine/shared.py:SharedLine._finish": 36,
+        "engine/shared.py:SharedLine._readable": 90,
+        "engine/shared.py:SharedLine._send": 42,
+        "engine/shared.py:SharedLine._take": 83,
+        "engine/shared.py:SharedLine.add": 48,
+        "engine/shared.py:SharedLine.takes": 23,
+        "wire/message.py:Shapes.find": 33,
+        "wire/message.py:frame_length": 18,
+        "wire/message.py:parse": 86,
+        "wire/message.py:reply": 19,
+    },
+    "insert": {  # 899
+        "commands/crud.py:_write": 71,
+        "commands/crud.py:insert": 14,
+        "connection.py:Connection._receive": 42,
+        "connection.py:Connection._serve": 71,
+        "connection.py:Connection.data_received": 38,
+        "connection.py:_start": 14,
+        "dispatch.py:respond": 68,
+        "engine/backend.py:Backend._finish": 58,
+        "engine/backend.py:Backend._readable": 94,
+        "engine/backend.py:Backend._send": 18,
+        "engine/backend.py:Backend._take": 76,
+        "engine/backend.py:Backend.execute": 37,
+        "engine/pool.py:Pool._release": 38,
+        "engine/pool.py:Pool.call": 14,
+        "wire/message.py:Shapes.find": 33,
+        "wire/message.py:_add_sequence": 59,
+        "wire/message.py:_sequences": 30,
+        "wire/message.py:frame_length": 18,
+        "wire/message.py:parse": 87,
+        "wire/message.py:reply": 19,
+    },
+}
+# System calls of a worker for one request of the only client: read and write on both sides, and epoll_wait.
+SYSTEM_CALLS = {"ping": 3.0, "find": 6.0, "insert": 6.0}
+_WARM, _MEASURED = 40, 100
+_SESSION = {"id": Binary(uuid.uuid4().bytes, 4)}
+
+
+def message(command: Document, documents: list[Document] | None = None) -> bytes:
+    """An OP_MSG as drivers send it."""
+    body = b"\0" + encode(command | {"lsid": _SESSION, "$db": "cost"})
+    if documents is not None:
+        sequence = b"documents\0" + b"".join(map(encode, documents))
+        body += b"\x01" + struct.pack("<i", 4 + len(sequence)) + sequence
+    return struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body
+
+
+def requests(operation: str) -> Iterator[bytes]:
+    """Ever new requests of one kind."""
+    number = 0
+    while True:
+        number += 1
+        match operation:
+            case "find":
+                yield message({"find": "c", "filter": {"_id": number % 10}, "limit": 1, "singleBatch": True})
+            case "insert":
+                yield message({"insert": "w", "ordered": True}, [{"_id": uuid.uuid4().hex, "n": number}])
+            case _:
+                yield message({"ping": 1})
+
+
+class Transport(asyncio.Transport):
+    """A client that sends its next request when it has its answer."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__()
+        self.connection: Connection
+        self.left = 0
+        self.done: asyncio.Future[None]
+        self._messages = requests(operation)
+
+    async def run(self, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.left, self.done = count, loop.create_future()
+        self.connection.data_received(next(self._messages))
+        await self.done
+
+    def write(self, data: Any) -> None:
+        assert b"\x01ok\0\0\0\0\0\0\0\xf0?" in data
+        self.left -= 1
+        if self.left:
+            asyncio.get_running_loop().call_soon(self.connection.data_received, next(self._messages))
+        else:
+            self.done.set_result(None)
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count the instructions that functions of pg_ferret execute."""
+    monitoring: Any = vars(sys)["monitoring"]  # since 3.12
+    counts: Counter[str] = Counter()
+
+    def count(code: CodeType, _offset: int) -> Any:
+        _, ours, name = code.co_filename.rpartition("/pg_ferret/")
+        if not ours:
+            return monitoring.DISABLE
+        counts[f"{name}:{code.co_qualname}"] += 1
+        return None
+
+    monitoring.use_tool_id(monitoring.PROFILER_ID, "cost")
+    monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.INSTRUCTION, count)
+    monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.INSTRUCTION)
+    try:
+        yield counts
+    finally:
+        monitoring.set_events(monitoring.PROFILER_ID, 0)
+        monitoring.free_tool_id(monitoring.PROFILER_ID)
+
+
+def configuration(cluster: Cluster) -> Config:
+    """A worker's configuration for the cluster."""
+    server = Server(
+        socket_directories=str(cluster.socket_dir),
+        port=cluster.pg_port,
+        user="postgres",
+        database="postgres",
+        data_directory=str(cluster.data),
+        max_connections=100,
+        superuser_reserved_connections=3,
+        reserved_connections=0,
+        version="18",
+        documentdb="1.0",
+        in_recovery=False,
+        started="now",
+        setting_errors=(),
+    )
+    return Config(settings=Settings(workers=1, pool_min_conns=2, pool_max_conns=4), server=server)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 14), reason="the figures are those of CPython 3.14")
+@pytest.mark.parametrize("operation", ["ping", "find", "insert"])
+async def test_instructions(cluster: Cluster, client: MongoClient[Document], operation: str) -> None:
+    client.cost.c.drop()
+    client.cost.c.insert_many([{"_id": number} for number in range(10)])
+    config = configuration(cluster)
+    pool = Pool(conninfo(config), pool_limits(config), pytest.fail, pytest.fail)
+    with tempfile.TemporaryDirectory() as place:
+        services = Services(config, pool, Cursors(Path(place)), StatusTable(2), 1)
+        transport = Transport(operation)
+        connection = Connection(Client(services, 1, "peer"), asyncio.get_running_loop(), lambda _: None)
+        transport.connection = connection
+        connection.connection_made(transport)
+        await pool.open()
+        await transport.run(_WARM)
+        with counted() as counts:
+            await transport.run(_MEASURED)
+        await pool.close()
+        services.cursors.close()
+    found = {name: round(count / _MEASURED) for name, count in counts.most_common() if count >= _MEASURED}
+    expected = INSTRUCTIONS[operation]
+    total, before = sum(found.values()), sum(expected.values())
+    changes = [
+        f"{name}: {expected.get(name, 0)} -> {found.get(name, 0)}"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    ]
+    assert abs(total - before) <= TOLERANCE * before, "\n".join([f"{before} -> {total}", *changes, repr(found)])
+
+
+@pytest.mark.parametrize("operation", ["ping", "find", "insert"])
+def test_system_calls(new_cluster: NewCluster, operation: str) -> None:
+    cluster = new_cluster(**{"ferretdb.workers": "1"})
+    with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as client:
+        collection = client.cost.c
+
+        def work(count: int) -> None:
+            for number in range(count):
+                match operation:
+                    case "find":
+                        collection.find_one({"_id": number % 10})
+                    case "insert":
+                        collection.insert_one({})
+                    case _:
+                        client.admin.command("ping")
+
+        work(100)
+        (worker,) = [row["pid"] for row in cluster.status() if row["kind"] == "worker"]
+        with tempfile.NamedTemporaryFile("r") as report:
+            tracer = subprocess.Popen(
+                ["strace", "-f", "-c", "-o", report.name, "-p", str(worker)], stderr=subprocess.PIPE
+            )
+            assert tracer.stderr is not None
+            assert b"attached" in tracer.stderr.readline()
+            work(1000)
+            tracer.terminate()
+            tracer.communicate()
+            text = wait_for(lambda: Path(report.name).read_text())
+    calls = {
+        fields[-1]: int(fields[3])
+        for fields in map(str.split, text.splitlines())
+        if re.match(r"\d+\.", (fields or [""])[0]) and fields[-1] != "total"
+    }
+    per_request = sum(calls.values()) / 1000
+    expected = SYSTEM_CALLS[operation]
+    assert abs(per_request - expected) <= TOLERANCE * expected, f"{operation}: {expected} -> {per_request}\n{text}"
