@@ -163,9 +163,12 @@ class Connection(asyncio.Protocol):
             while True:
                 self._frame = frame
                 answer = await respond(frame, self._client)
-                if answer is not None:
+                if isinstance(answer, bytes):
                     self._counters.bytes_out += len(answer)
                     transport.write(answer)
+                elif answer is not None:
+                    self._counters.bytes_out += sum(map(len, answer))
+                    transport.writelines(answer)
                 if self._writable is not None:
                     await self._writable
                 if not self._ahead or self._draining:

@@ -18,8 +18,8 @@ _GATED = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
 _LEGACY_COMMANDS = frozenset((b"hello", b"isMaster", b"ismaster"))
 
 
-async def respond(frame: bytes, client: Client) -> bytes | None:
-    """The frame that answers ``frame``, or None when the client wants none.
+async def respond(frame: bytes, client: Client) -> bytes | list[bytes] | None:
+    """The frame that answers ``frame``, perhaps in parts, or None when the client wants none.
 
     Raises ProtocolError when the bytes cannot be answered.
     """

@@ -46,7 +46,8 @@ class Refusal(asyncio.Protocol):
         except ProtocolError:
             silent = True
         if not silent:
-            self._transport.write(reply(error_document(CommandError(_CODE, self._text)), request_id, legacy))
+            answer = reply(error_document(CommandError(_CODE, self._text)), request_id, legacy)
+            self._transport.writelines([answer] if isinstance(answer, bytes) else answer)
         self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
