@@ -20,6 +20,7 @@ _MAP_BYTES: Final = 1 << 30
 # Opening stops here: what is open must still be able to go on and to end.
 _MOST_PAGES: Final = int(_MAP_BYTES * 0.8) // 4096
 _KEY = Struct(">Q")
+_SESSIONS: Final = b"by_session"  # longer than the key of any cursor
 _HEAD = Struct("<dHHB")  # expiry (Unix seconds; infinity: never), lengths of namespace and user, length of session id
 _SWEEP_AT_MOST: Final = 10_000
 
@@ -42,27 +43,27 @@ class Cursors:
             str(place / "cursors.mdb"),
             subdir=False,
             map_size=_MAP_BYTES,
-            max_dbs=2,
+            max_dbs=1,
             max_readers=2048,
             sync=False,
             metasync=False,
             mode=0o600,
         )
         self._env.reader_check()
-        self._by_id = self._env.open_db(b"by_id")
-        self._by_session = self._env.open_db(b"by_session", dupsort=True, dupfixed=True)
+        # Cursors are in the main database, by id: the fewer databases a commit changes, the fewer pages it writes.
+        self._by_session = self._env.open_db(_SESSIONS, dupsort=True, dupfixed=True)
 
     def count(self) -> int:
         """How many cursors are open."""
-        with self._env.begin(db=self._by_id) as transaction:
-            return int(transaction.stat()["entries"])
+        with self._env.begin() as transaction:
+            return int(transaction.stat()["entries"]) - 1  # the other database is an entry, too
 
     def open(self, cursor_id: int, cursor: Cursor) -> None:
         """Remember a new cursor; raises CommandError when the registry is full."""
         key = _KEY.pack(cursor_id)
         try:
-            with self._env.begin(write=True, db=self._by_id) as transaction:
-                if _pages(transaction.stat(self._by_id)) > _MOST_PAGES:
+            with self._env.begin(write=True) as transaction:
+                if _pages(transaction.stat()) > _MOST_PAGES:
                     raise lmdb.MapFullError
                 transaction.put(key, _pack(cursor))
                 if cursor.session:
@@ -74,7 +75,7 @@ class Cursors:
         """Store a cursor's new continuation and expiry, unless it was killed meanwhile; tells whether it lives."""
         key = _KEY.pack(cursor_id)
         try:
-            with self._env.begin(write=True, db=self._by_id) as transaction:
+            with self._env.begin(write=True) as transaction:
                 if transaction.get(key) is None:
                     return False
                 transaction.put(key, _pack(cursor))
@@ -84,7 +85,7 @@ class Cursors:
 
     def get(self, cursor_id: int) -> Cursor | None:
         """The cursor, or None if it is unknown or has expired."""
-        with self._env.begin(db=self._by_id, buffers=False) as transaction:
+        with self._env.begin(buffers=False) as transaction:
             record = transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))
         if record is None:
             return None
@@ -93,7 +94,7 @@ class Cursors:
 
     def known(self, cursor_id: int) -> bool:
         """Whether there is such a cursor, expired or not."""
-        with self._env.begin(db=self._by_id) as transaction:
+        with self._env.begin() as transaction:
             return transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF)) is not None
 
     def remove(self, cursor_ids: list[int]) -> list[int]:
@@ -102,7 +103,7 @@ class Cursors:
         return [cursor_id for cursor_id in cursor_ids if self._remove(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))]
 
     def _remove(self, key: bytes) -> bool:
-        with self._env.begin(write=True, db=self._by_id) as transaction:
+        with self._env.begin(write=True) as transaction:
             record = transaction.pop(key)
             if record is None:
                 return False
@@ -124,8 +125,10 @@ class Cursors:
         """The ids of cursors whose time is up, a bounded number at a time."""
         now = time.time()
         found: list[int] = []
-        with self._env.begin(db=self._by_id) as transaction, transaction.cursor() as walk:
+        with self._env.begin() as transaction, transaction.cursor() as walk:
             for key, record in walk:
+                if key == _SESSIONS:
+                    continue
                 if _HEAD.unpack_from(record)[0] <= now:
                     found.append(_KEY.unpack(key)[0])
                     if len(found) >= _SWEEP_AT_MOST:
