@@ -2,25 +2,32 @@
 
 A point read takes PostgreSQL less time than it takes to wake a process up, so the reads that arrive in one turn of the
 event loop go out together: one write, one transaction, one answer.  Whoever turns out to be slow is measured on a
-connection of its own and stays there until it is cheap again, and while the line stands still nobody new joins it.
+connection of its own and stays there until it is cheap again.  While the line stands still nobody new joins it, and if
+it does so for long, those who wait in it are served elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import NamedTuple
 
 import psycopg
+import structlog
 from psycopg import pq
 
 from pg_ferret.engine.backend import Params, Row, Session, error_of
 from pg_ferret.engine.calls import Call
-from pg_ferret.errors import EngineLostError
+from pg_ferret.errors import EngineError, EngineLostError
 
 # Seconds: what takes no longer is cheap; a line that stands still for longer takes nobody.
 CHEAP_SECONDS = 0.004
+# After so long those who wait are served elsewhere, and the query that holds them up is cancelled.
+_STALL_SECONDS = 0.05
+# A query that has not heeded its cancel request by then keeps its connection; the line gets another one.
+_HOPELESS_SECONDS = 5.0
 _MOST_WAITING = 128
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
@@ -30,6 +37,8 @@ _COMMAND_OK = int(pq.ExecStatus.COMMAND_OK)
 _PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
 _BAD = int(pq.ConnStatus.BAD)
+_CANCELLED = "57014"
+_log = structlog.get_logger()
 
 
 class _Read(NamedTuple):
@@ -85,6 +94,8 @@ class SharedLine:
         self._answered = 0  # reads of the oldest batch that have their answer
         self._since = 0.0  # when the server began with the oldest batch
         self._scheduled = False
+        self._watched = False
+        self._stalled = False
         self._writing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.lost = False
@@ -134,6 +145,9 @@ class SharedLine:
             return
         if not self._batches:
             self._since = self._loop.time()
+        if not self._watched:
+            self._watched = True
+            self._loop.call_later(_STALL_SECONDS, self._watch)
         self._batches.append(self._filling)
         self._filling = []
         try:
@@ -193,16 +207,21 @@ class SharedLine:
         if fatal:
             self._end()
             return
-        waiter = self._batches[0][self._answered].waiter
+        read = self._batches[0][self._answered]
         self._answered += 1
-        if not waiter.done():
-            waiter.set_exception(error)
+        if read.waiter.done():
+            return
+        if isinstance(error, EngineError) and error.sqlstate == _CANCELLED:
+            self._spawn(self._again(read))  # it was meant for the one before
+        else:
+            read.waiter.set_exception(error)
 
     def _finish(self, batch: list[_Read]) -> None:
         """The server has done with a batch."""
         now = self._loop.time()
         seconds = (now - self._since) / len(batch)
         self._since = now
+        self._stalled = False
         if seconds > CHEAP_SECONDS:
             for read in batch:  # one of them is to blame: each has to show anew what it costs
                 self._costs.note(read.shape, seconds)
@@ -211,12 +230,53 @@ class SharedLine:
         if rest:
             self._preparing.clear()
         for read in rest:
-            task = self._loop.create_task(self._again(read))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if not read.waiter.done():
+                self._spawn(self._again(read))
+
+    def _watch(self) -> None:
+        """While anybody waits: does the line move?"""
+        if self.lost or not self._batches:
+            self._watched = False
+            return
+        self._loop.call_later(_STALL_SECONDS, self._watch)
+        seconds = self._loop.time() - self._since
+        if seconds >= _HOPELESS_SECONDS:
+            _log.warning(
+                "a query ignores its cancel request; its connection is replaced", backend_pid=self._pg.backend_pid
+            )
+            self._end()
+        elif seconds >= _STALL_SECONDS and not self._stalled:
+            self._stalled = True
+            self._give_away()
+
+    def _give_away(self) -> None:
+        """The first query holds the line up: it is cancelled here, and all who wait, itself included, run elsewhere."""
+        nobody: asyncio.Future[Row] = self._loop.create_future()
+        nobody.cancel()
+        waiting = self._waiting()
+        self._costs.note(waiting[0].shape, _STALL_SECONDS)
+        for read in waiting:
+            if not read.waiter.done():
+                self._spawn(self._again(read))
+        self._batches = deque([[read._replace(waiter=nobody) for read in batch] for batch in self._batches])
+        self._filling = [read._replace(waiter=nobody) for read in self._filling]
+        self._spawn(self._cancel())
+
+    async def _cancel(self) -> None:
+        with contextlib.suppress(psycopg.Error):
+            await self._conn.cancel_safe(timeout=_HOPELESS_SECONDS)
+
+    def _waiting(self) -> list[_Read]:
+        """Those who have no answer yet, the first one first."""
+        return [*(read for batch in self._batches for read in batch), *self._filling][self._answered :]
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _again(self, read: _Read) -> None:
-        """A read that another one's error has kept from being run."""
+        """A read that could not be run here."""
         try:
             row = await self._alone(read.call, read.params)
         except Exception as error:
@@ -232,7 +292,7 @@ class SharedLine:
             return
         self.detach()
         self.lost = True
-        waiting = [*(read for batch in self._batches for read in batch), *self._filling][self._answered :]
+        waiting = self._waiting()
         self._batches.clear()
         self._filling = []
         for read in waiting:

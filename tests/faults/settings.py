@@ -49,13 +49,15 @@ def apply(stage: Stage, item: Change) -> None:
     started = time.monotonic()
     stage.configure(**{item.name: _value(stage, item)})
     shown = f"select 1 from pg_settings where name = 'ferretdb.{item.name}' and source = 'configuration file'"
-    stage.until(lambda: stage.sql(shown), "pg_settings shows it")
-    item.effect(stage)
-    if before is None:
-        del stage.cluster.settings[f"ferretdb.{item.name}"]
-    else:
-        stage.cluster.settings[f"ferretdb.{item.name}"] = before
-    stage.cluster.configure()
+    try:
+        stage.until(lambda: stage.sql(shown), "pg_settings shows it")
+        item.effect(stage)
+    finally:  # the next one must not suffer from it
+        if before is None:
+            del stage.cluster.settings[f"ferretdb.{item.name}"]
+        else:
+            stage.cluster.settings[f"ferretdb.{item.name}"] = before
+        stage.cluster.configure()
     stage.until(stage.ready, "as before")
     failed = stage.load.failed(started)
     stage.check(item.cuts or not failed, f"ferretdb.{item.name}: requests failed: {dict(failed)}")

@@ -84,8 +84,11 @@ class Stage:
         return [row["state"] for row in self.status()] == ["ready"] * (count + 1)
 
     def supervisor(self) -> int:
-        """The supervisor's pid."""
-        return int(self.status()[0]["pid"])
+        """The supervisor's pid; ClusterError between two of them."""
+        pid = self.status()[0]["pid"]
+        if not pid:
+            raise ClusterError("there is no supervisor")
+        return int(pid)
 
     def pids(self) -> list[int]:
         """Every process of the gateway."""

@@ -9,13 +9,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
 import pytest
 from pymongo import MongoClient
-from pymongo.errors import NotPrimaryError, PyMongoError
+from pymongo.errors import NotPrimaryError, OperationFailure, PyMongoError
 
 from dev.cluster import Cluster, ClusterError, free_port, port_is_free, wait_for
 from tests.integration.conftest import CLIENT_OPTIONS
@@ -304,3 +305,41 @@ def test_a_backend_that_ends_without_reading_its_query(new_cluster: NewCluster) 
         assert not asker.is_alive()
         assert isinstance(answers[0], NotPrimaryError)  # 91, which drivers retry
         assert client.night.c.find_one() == {"_id": 1}
+
+
+def test_reads_do_not_wait_behind_a_connection_that_stands_still(new_cluster: NewCluster) -> None:
+    """Point reads share a connection: when its backend hangs, they are served by others."""
+    cluster = new_cluster(**{"ferretdb.workers": "1", "ferretdb.pool_min_conns": "4"})
+    with MongoClient[Document](cluster.uri, retryReads=False, **CLIENT_OPTIONS | {"socketTimeoutMS": 3000}) as client:
+        client.night.c.insert_many([{"_id": number} for number in range(10)])
+
+        def read(number: int) -> int:
+            return int((client.night.c.find_one({"_id": number % 10}) or {"_id": -1})["_id"])
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read, range(200)))
+            backends = cluster.psql("select pid from pg_stat_activity where application_name = 'pg_ferret'")
+            for (pid,) in backends:
+                os.kill(int(pid or 0), signal.SIGSTOP)
+                try:
+                    assert list(pool.map(read, range(40))) == [number % 10 for number in range(40)]
+                finally:
+                    os.kill(int(pid or 0), signal.SIGCONT)
+
+
+def test_a_read_that_fails_harms_no_other(cluster: Cluster) -> None:
+    with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as client:
+        client.night.c.drop()
+        client.night.c.insert_many([{"_id": number} for number in range(10)])
+
+        def read(number: int) -> object:
+            if number % 7 == 3:
+                try:
+                    return client.night.c.find_one({"_id": {"$nonsense": number}})
+                except OperationFailure as error:
+                    return error.code
+            return (client.night.c.find_one({"_id": number % 10}) or {})["_id"]
+
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(3):
+                assert list(pool.map(read, range(200))) == [2 if n % 7 == 3 else n % 10 for n in range(200)]
