@@ -12,7 +12,7 @@ from pg_ferret.engine.backend import Row
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
-from pg_ferret.state.cursors import Cursor
+from pg_ferret.state.cursors import Cursor, owner
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
@@ -35,7 +35,7 @@ def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes
         services = client.services
         lifetime = services.config.settings.cursor_timeout / 1000
         expires = _FOR_EVER if request.true(b"noCursorTimeout") else time.time() + lifetime
-        cursor = Cursor(namespace, client.user, session(request), expires, continuation)
+        cursor = Cursor(owner(namespace, client.user, session(request)), expires, continuation)
         services.cursors.open(int.from_bytes(cursor_id, "big"), cursor)
     return page
 

@@ -3,62 +3,87 @@
 from __future__ import annotations
 
 import time
+from struct import Struct
+from typing import NamedTuple
 
-from pg_ferret.commands.arguments import collection, database, spec
+from pg_ferret.commands.arguments import collection, database, spec, unchanged
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client, Services
-from pg_ferret.state.cursors import Cursor
+from pg_ferret.state.cursors import Cursor, owner
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
 # The engine's CursorNotFound: its file has gone.
 _GONE = "M000E"
+_int64 = Struct("<q").unpack_from
 
 
 def _not_found(cursor_id: int) -> CommandError:
     return CommandError(43, f"cursor id {cursor_id} not found")
 
 
+class _GetMore(NamedTuple):
+    """What there is to know of a getMore before its cursor is looked at."""
+
+    db: bytes
+    namespace: bytes
+    rewritten: bool  # the engine must not see it as it came
+    id_at: int  # where the cursor's id is in the frame
+
+
 @command("getMore", help="Returns the next documents of a cursor.")
 async def get_more(request: Request, client: Client) -> bytes:
     services = client.services
-    kind, start, _ = request.fields[b"getMore"]
-    if kind != bson.INT64:
-        raise CommandError(14, "Field 'getMore' must be of type long")
-    cursor_id = int.from_bytes(request.frame[start : start + 8], "little", signed=True)
+    memo = request.memo
+    known: _GetMore | None = None if memo is None else memo.get("getMore")
+    if known is None:
+        known = _look_at(request)
+        if memo is not None:
+            memo["getMore"] = known
+    db, namespace, rewritten, id_at = known
+    frame = request.frame
+    (cursor_id,) = _int64(frame, id_at)
     cursor = services.cursors.get(cursor_id)
     if cursor is None:
         raise _not_found(cursor_id)
-    _check_owner(cursor, cursor_id, database(request) + b"." + collection(request, b"collection"), client)
+    cursor_owner, expires, continuation = cursor
+    if not cursor_owner.startswith(owner(namespace, client.user)):
+        raise _not_the_owner(cursor, cursor_id, namespace)
+    body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
     try:
-        page, continuation = await services.engine.call(
-            calls.GET_MORE, (database(request), spec(request), cursor.continuation)
-        )
+        page, following = await services.engine.call(calls.GET_MORE, (db, body, continuation))
     except EngineError as error:
         if error.sqlstate == _GONE:
             services.cursors.remove([cursor_id])
             raise _not_found(cursor_id) from None
         raise
     assert page is not None
-    if continuation is None:
+    if following is None:
         services.cursors.remove([cursor_id])
     else:
-        expires = max(cursor.expires, time.time() + services.config.settings.cursor_timeout / 1000)
-        services.cursors.advance(cursor_id, cursor._replace(expires=expires, continuation=continuation))
+        expires = max(expires, time.time() + services.config.settings.cursor_timeout / 1000)
+        services.cursors.advance(cursor_id, cursor_owner, expires, following)
     return page
 
 
-def _check_owner(cursor: Cursor, cursor_id: int, namespace: bytes, client: Client) -> None:
+def _look_at(request: Request) -> _GetMore:
+    kind, start, _ = request.fields[b"getMore"]
+    if kind != bson.INT64:
+        raise CommandError(14, "Field 'getMore' must be of type long")
+    db = database(request)
+    return _GetMore(db, db + b"." + collection(request, b"collection"), not unchanged(request), start)
+
+
+def _not_the_owner(cursor: Cursor, cursor_id: int, namespace: bytes) -> CommandError:
     if cursor.namespace != namespace:
-        raise CommandError(
+        return CommandError(
             13,
             f"Requested getMore on namespace '{namespace.decode('utf-8', 'replace')}', but cursor "
             f"{cursor_id} belongs to a different namespace",
         )
-    if cursor.user != client.user:
-        raise CommandError(13, f"cursor id {cursor_id} was not created by the authenticated user")
+    return CommandError(13, f"cursor id {cursor_id} was not created by the authenticated user")
 
 
 @command("killCursors", help="Ends cursors.")
@@ -73,7 +98,7 @@ async def kill_cursors(request: Request, client: Client) -> bytes:
     unknown: list[int] = []
     for cursor_id in ids:
         cursor = registry.get(cursor_id)
-        known = cursor is not None and cursor.namespace == namespace and cursor.user == client.user
+        known = cursor is not None and cursor.owner.startswith(owner(namespace, client.user))
         (mine if known else unknown).append(cursor_id)
     killed = await end(mine, client.services)
     return bson.document(

@@ -21,18 +21,36 @@ _MAP_BYTES: Final = 1 << 30
 _MOST_PAGES: Final = int(_MAP_BYTES * 0.8) // 4096
 _KEY = Struct(">Q")
 _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
-_HEAD = Struct("<dHHB")  # expiry (Unix seconds; infinity: never), lengths of namespace and user, length of session id
+_HEAD = Struct("<dH")  # expiry (Unix seconds; infinity: never), length of the owner
+_HEAD_BYTES: Final = _HEAD.size
 _SWEEP_AT_MOST: Final = 10_000
 
 
 class Cursor(NamedTuple):
     """What is needed to go on with a cursor."""
 
-    namespace: bytes
-    user: bytes
-    session: bytes  # the 16 bytes of the session's UUID, or empty
+    owner: bytes  # see `owner`
     expires: float  # Unix seconds; infinity for noCursorTimeout
     continuation: bytes
+
+    @property
+    def namespace(self) -> bytes:
+        """``database.collection``."""
+        return self.owner.split(b"\0", 2)[0]
+
+    @property
+    def user(self) -> bytes:
+        """Who may go on with it."""
+        return self.owner.split(b"\0", 2)[1]
+
+
+def owner(namespace: bytes, user: bytes, session: bytes = b"") -> bytes:
+    """Whose a cursor is; the session is the 16 bytes of a UUID, or empty: then it is what the owner begins with."""
+    return b"%b\0%b\0%b" % (namespace, user, session)
+
+
+def _session(cursor_owner: bytes) -> bytes:
+    return cursor_owner.split(b"\0", 2)[2]
 
 
 class Cursors:
@@ -65,32 +83,36 @@ class Cursors:
             with self._env.begin(write=True) as transaction:
                 if _pages(transaction.stat()) > _MOST_PAGES:
                     raise lmdb.MapFullError
-                transaction.put(key, _pack(cursor))
-                if cursor.session:
-                    transaction.put(cursor.session, key, db=self._by_session)
+                transaction.put(key, _pack(*cursor))
+                if session := _session(cursor.owner):
+                    transaction.put(session, key, db=self._by_session)
         except lmdb.Error as error:
             raise _refused(error) from None
 
-    def advance(self, cursor_id: int, cursor: Cursor) -> bool:
+    def advance(self, cursor_id: int, cursor_owner: bytes, expires: float, continuation: bytes) -> bool:
         """Store a cursor's new continuation and expiry, unless it was killed meanwhile; tells whether it lives."""
         key = _KEY.pack(cursor_id)
+        record = _pack(cursor_owner, expires, continuation)
         try:
             with self._env.begin(write=True) as transaction:
                 if transaction.get(key) is None:
                     return False
-                transaction.put(key, _pack(cursor))
+                transaction.put(key, record)
         except lmdb.Error as error:
             raise _refused(error) from None
         return True
 
     def get(self, cursor_id: int) -> Cursor | None:
         """The cursor, or None if it is unknown or has expired."""
-        with self._env.begin(buffers=False) as transaction:
+        with self._env.begin() as transaction:
             record = transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))
         if record is None:
             return None
-        cursor = _unpack(record)
-        return cursor if cursor.expires > time.time() else None
+        expires, size = _HEAD.unpack_from(record)
+        if expires <= time.time():
+            return None
+        end = _HEAD_BYTES + size
+        return Cursor(record[_HEAD_BYTES:end], expires, record[end:])
 
     def known(self, cursor_id: int) -> bool:
         """Whether there is such a cursor, expired or not."""
@@ -107,8 +129,8 @@ class Cursors:
             record = transaction.pop(key)
             if record is None:
                 return False
-            session = _unpack(record).session
-            if session:
+            end = _HEAD_BYTES + _HEAD.unpack_from(record)[1]
+            if session := _session(record[_HEAD_BYTES:end]):
                 transaction.delete(session, key, db=self._by_session)
         return True
 
@@ -151,21 +173,5 @@ def _refused(error: lmdb.Error) -> CommandError:
     return CommandError(14031, f"the cursor cannot be kept in ferretdb.state_dir: {error}")
 
 
-def _pack(cursor: Cursor) -> bytes:
-    head = _HEAD.pack(cursor.expires, len(cursor.namespace), len(cursor.user), len(cursor.session))
-    return b"".join((head, cursor.namespace, cursor.user, cursor.session, cursor.continuation))
-
-
-def _unpack(record: bytes) -> Cursor:
-    expires, namespace_end, user_size, session_size = _HEAD.unpack_from(record)
-    start = _HEAD.size
-    namespace_end += start
-    user_end = namespace_end + user_size
-    session_end = user_end + session_size
-    return Cursor(
-        record[start:namespace_end],
-        record[namespace_end:user_end],
-        record[user_end:session_end],
-        expires,
-        record[session_end:],
-    )
+def _pack(cursor_owner: bytes, expires: float, continuation: bytes) -> bytes:
+    return _HEAD.pack(expires, len(cursor_owner)) + cursor_owner + continuation

@@ -20,7 +20,7 @@ from types import CodeType
 from typing import Any
 
 import pytest
-from bson import Binary, encode
+from bson import Binary, Int64, encode
 from pymongo import MongoClient
 
 from config.settings import Config, Server, Settings
@@ -94,6 +94,51 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 19,
     },
+    "update": {  # 922
+        "commands/crud.py:_write": 71,
+        "commands/crud.py:update": 14,
+        "connection.py:Connection._receive": 42,
+        "connection.py:Connection._serve": 76,
+        "connection.py:Connection.data_received": 38,
+        "connection.py:_start": 14,
+        "dispatch.py:respond": 68,
+        "engine/backend.py:Backend._finish": 58,
+        "engine/backend.py:Backend._readable": 94,
+        "engine/backend.py:Backend._send": 18,
+        "engine/backend.py:Backend._take": 76,
+        "engine/backend.py:Backend.execute": 37,
+        "engine/pool.py:Pool._release": 38,
+        "engine/pool.py:Pool.call": 14,
+        "wire/message.py:Shapes.find": 44,
+        "wire/message.py:_add_sequence": 59,
+        "wire/message.py:_sequences": 30,
+        "wire/message.py:frame_length": 18,
+        "wire/message.py:parse": 87,
+        "wire/message.py:reply": 26,
+    },
+    "getMore": {  # 965
+        "commands/cursors.py:get_more": 114,
+        "connection.py:Connection._receive": 42,
+        "connection.py:Connection._serve": 76,
+        "connection.py:Connection.data_received": 38,
+        "connection.py:_start": 14,
+        "dispatch.py:respond": 68,
+        "engine/backend.py:Backend._finish": 58,
+        "engine/backend.py:Backend._readable": 94,
+        "engine/backend.py:Backend._send": 18,
+        "engine/backend.py:Backend._take": 76,
+        "engine/backend.py:Backend.execute": 37,
+        "engine/pool.py:Pool._release": 38,
+        "engine/pool.py:Pool.call": 14,
+        "state/cursors.py:Cursors.advance": 41,
+        "state/cursors.py:Cursors.get": 56,
+        "state/cursors.py:_pack": 12,
+        "state/cursors.py:owner": 6,
+        "wire/message.py:Shapes.find": 33,
+        "wire/message.py:frame_length": 18,
+        "wire/message.py:parse": 86,
+        "wire/message.py:reply": 26,
+    },
 }
 # System calls of a worker for one request of the only client: read and write on both sides, and epoll_wait.
 SYSTEM_CALLS = {"ping": 3.0, "find": 6.0, "insert": 6.0}
@@ -101,21 +146,29 @@ _WARM, _MEASURED = 40, 100
 _SESSION = {"id": Binary(uuid.uuid4().bytes, 4)}
 
 
-def message(command: Document, documents: list[Document] | None = None) -> bytes:
+def message(command: Document, documents: list[Document] | None = None, name: bytes = b"documents") -> bytes:
     """An OP_MSG as drivers send it."""
     body = b"\0" + encode(command | {"lsid": _SESSION, "$db": "cost"})
     if documents is not None:
-        sequence = b"documents\0" + b"".join(map(encode, documents))
+        sequence = name + b"\0" + b"".join(map(encode, documents))
         body += b"\x01" + struct.pack("<i", 4 + len(sequence)) + sequence
     return struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body
 
 
-def requests(operation: str) -> Iterator[bytes]:
+def requests(operation: str, transport: Transport) -> Iterator[bytes]:
     """Ever new requests of one kind."""
+    if operation == "getMore":
+        yield message({"find": "c", "batchSize": 1})
+        (cursor,) = struct.unpack_from("<q", transport.reply, transport.reply.index(b"\x12id\0") + 4)
     number = 0
     while True:
         number += 1
         match operation:
+            case "getMore":
+                yield message({"getMore": Int64(cursor), "collection": "c", "batchSize": 1})
+            case "update":
+                change = {"q": {"_id": number % 10}, "u": {"$set": {"n": number}}}
+                yield message({"update": "c", "ordered": True}, [change], b"updates")
             case "find":
                 yield message({"find": "c", "filter": {"_id": number % 10}, "limit": 1, "singleBatch": True})
             case "insert":
@@ -132,7 +185,8 @@ class Transport(asyncio.Transport):
         self.connection: Connection
         self.left = 0
         self.done: asyncio.Future[None]
-        self._messages = requests(operation)
+        self.reply = b""
+        self._messages = requests(operation, self)
 
     async def run(self, count: int) -> None:
         loop = asyncio.get_running_loop()
@@ -142,6 +196,7 @@ class Transport(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         assert b"\x01ok\0\0\0\0\0\0\0\xf0?" in data
+        self.reply = data
         self.left -= 1
         if self.left:
             asyncio.get_running_loop().call_soon(self.connection.data_received, next(self._messages))
@@ -193,10 +248,10 @@ def configuration(cluster: Cluster) -> Config:
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 14), reason="the figures are those of CPython 3.14")
-@pytest.mark.parametrize("operation", ["ping", "find", "insert"])
+@pytest.mark.parametrize("operation", ["ping", "find", "insert", "update", "getMore"])
 async def test_instructions(cluster: Cluster, client: MongoClient[Document], operation: str) -> None:
     client.cost.c.drop()
-    client.cost.c.insert_many([{"_id": number} for number in range(10)])
+    client.cost.c.insert_many([{"_id": number} for number in range(_WARM + _MEASURED + 10)])
     config = configuration(cluster)
     pool = Pool(conninfo(config), pool_limits(config), pytest.fail, pytest.fail)
     with tempfile.TemporaryDirectory() as place:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pg_ferret.state.cursors import Cursor, Cursors
+from pg_ferret.state.cursors import Cursor, Cursors, owner
 
 _SOON = float("inf")
 
@@ -20,13 +20,14 @@ def cursors(tmp_path: Path) -> Cursors:
 
 
 def cursor(session: bytes = b"", expires: float = _SOON, continuation: bytes = b"next") -> Cursor:
-    return Cursor(b"db.c", b"user", session, expires, continuation)
+    return Cursor(owner(b"db.c", b"user", session), expires, continuation)
 
 
 def test_a_cursor_comes_back_as_it_was(cursors: Cursors) -> None:
     kept = cursor(session=b"s" * 16, continuation=bytes(range(256)))
     cursors.open(7, kept)
     assert cursors.get(7) == kept
+    assert (kept.namespace, kept.user) == (b"db.c", b"user")
     assert cursors.count() == 1
     assert cursors.get(8) is None
     assert cursors.get(-7) is None
@@ -34,12 +35,12 @@ def test_a_cursor_comes_back_as_it_was(cursors: Cursors) -> None:
 
 def test_advance_keeps_the_newest_continuation_and_does_not_raise_the_dead(cursors: Cursors) -> None:
     cursors.open(7, cursor())
-    assert cursors.advance(7, cursor(continuation=b"later"))
+    assert cursors.advance(7, *cursor(continuation=b"later"))
     found = cursors.get(7)
     assert found is not None
     assert found.continuation == b"later"
     assert cursors.remove([7, 8]) == [7]
-    assert not cursors.advance(7, cursor())
+    assert not cursors.advance(7, *cursor())
     assert cursors.get(7) is None
 
 
