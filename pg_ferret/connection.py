@@ -24,7 +24,7 @@ _AHEAD = 4
 _TURN = 16
 
 
-def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+def start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """A task that runs at once, up to its first wait: a ping never costs a turn of the loop."""
     if sys.version_info >= (3, 12):
         return asyncio.Task(work, loop=loop, eager_start=True)
@@ -144,7 +144,7 @@ class Connection(asyncio.Protocol):
         if not self._busy:
             self._busy = True
             self._serving = 0 if self._buffer is None else len(frame)
-            task = _start(self._loop, self._serve(frame))
+            task = start(self._loop, self._serve(frame))
             self._task = None if task.done() else task
             return
         if self._ahead is None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import structlog
 
+from pg_ferret.state.client import Address
 from pg_ferret.status import Kind, Slot, State, StatusTable
 
 _log = structlog.get_logger()
@@ -34,7 +35,7 @@ _STALE_SECONDS = 1.0
 
 
 class Listener:
-    """One listening socket in one worker; ``accepted`` gets each new connection's socket."""
+    """One listening socket in one worker; ``accepted`` gets each new connection's socket and the client's address."""
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class Listener:
         listening: socket.socket,
         loop: asyncio.AbstractEventLoop,
         balance: Balance,
-        accepted: Callable[[socket.socket], None],
+        accepted: Callable[[socket.socket, Address], None],
     ) -> None:
         self.address = address
         self._socket = listening
@@ -70,7 +71,7 @@ class Listener:
                     self._pause(_STEP_BACK_SECONDS)
                 return
             try:
-                client = self._take()
+                arrival = self._take()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -80,18 +81,16 @@ class Listener:
                 self._pause(_OUT_OF_DESCRIPTORS_SECONDS)
                 return
             self._passed = 0
-            if client is None:
-                continue
-            client.setblocking(False)
-            self._accepted(client)
+            if arrival is not None:
+                self._accepted(*arrival)
 
     def _too_many(self) -> bool:
         """Whether another worker should rather take the next one."""
         return self._balance.ahead()
 
-    def _take(self) -> socket.socket | None:
-        client, _ = self._socket.accept()
-        return client
+    def _take(self) -> tuple[socket.socket, Address] | None:
+        client, address = self._socket.accept()
+        return client, address or self._socket.getsockname()
 
     def close(self) -> None:
         """Stop accepting; the other workers' sockets stay open."""
@@ -108,9 +107,15 @@ class Adopter(Listener):
     def _too_many(self) -> bool:
         return self._balance.above()  # stricter: nobody takes back what it has just given away
 
-    def _take(self) -> socket.socket | None:
+    def _take(self) -> tuple[socket.socket, Address] | None:
         _, descriptors, _, _ = socket.recv_fds(self._socket, 16, 1, socket.MSG_DONTWAIT)
-        return socket.socket(fileno=descriptors[0]) if descriptors else None
+        if not descriptors:
+            return None
+        client = socket.socket(fileno=descriptors[0])
+        try:
+            return client, client.getpeername() or client.getsockname()
+        except OSError:  # it is gone
+            return client, "unknown"
 
 
 class Balance:

@@ -22,14 +22,14 @@ import uvloop
 
 from config.settings import Config
 from pg_ferret import log
-from pg_ferret.connection import Connection
+from pg_ferret.connection import Connection, start
 from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.pool import TICK_SECONDS, Pool
 from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Adopter, Balance, Listener
 from pg_ferret.refusal import WAITING_AT_MOST, Refusal
 from pg_ferret.state import backlog, directory
-from pg_ferret.state.client import Client, Services
+from pg_ferret.state.client import Address, Client, Services
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.status import State, StatusTable
 
@@ -134,24 +134,24 @@ class Worker:
             for address, listening in sockets.items()
         }
 
-    def _welcome(self, accepted: socket.socket) -> None:
+    def _welcome(self, accepted: socket.socket, address: Address) -> None:
         reason = self._reason_to_refuse()
         if reason:
             self._refuse(accepted, reason)
             return
         self._accepted += 1
-        self._adopt(accepted)
+        self._adopt(accepted, address)
 
-    def _adopt(self, accepted: socket.socket) -> None:
+    def _adopt(self, accepted: socket.socket, address: Address) -> None:
         """Serve a client, a new one or another worker's."""
         self._number += 1
         self._count(+1)
         # Unique among the connections that are open at the same time.
         connection_id = (self._number * len(self._boot.status) + self._boot.slot) & 0x7FFFFFFF
-        client = Client(self._services, connection_id, _peer(accepted))
+        client = Client(self._services, connection_id, address)
         connection = Connection(client, self._loop, self._left)
         self._clients.add(connection)
-        self._arrive(self._loop.create_task(self._attach(connection, accepted)))
+        self._arrive(start(self._loop, self._attach(connection, accepted)))
 
     def _reason_to_refuse(self) -> str:
         """Why there is no room for one more client; empty if there is."""
@@ -356,13 +356,3 @@ async def _attempt(work: Coroutine[Any, Any, object], accepted: socket.socket) -
 def _resident_bytes() -> int:
     with open("/proc/self/statm", "rb") as statm:
         return int(statm.read().split()[1]) * _PAGE_BYTES
-
-
-def _peer(accepted: socket.socket) -> str:
-    if accepted.family == socket.AF_UNIX:
-        return str(accepted.getsockname())
-    try:
-        host, port, *_ = accepted.getpeername()
-    except OSError:
-        return "unknown"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
