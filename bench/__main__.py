@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from bench import procfs
+from bench import growth, procfs
 from bench.plan import FULL, QUICK, TITLES, Plan, Point
 from bench.targets import FerretDB, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
@@ -116,7 +116,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
     try:
         say("starting PostgreSQL with pg_ferret")
         cluster.start()
-        targets.append(PgFerret(cluster, bin_dir))
+        targets.append(ours := PgFerret(cluster, bin_dir))
         if (bin_dir / "ferretdb").exists():
             targets.append(FerretDB(cluster, bin_dir))
         else:
@@ -132,6 +132,8 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
         # Idle clients first: later the memory would be what the load before has left.
         idle = [idle_memory(target, plan.idle) for target in targets if target.name != Pgbench.name]
         samples = measure(targets, plan)
+        loaded = {target.name: target.memory() for target in targets}
+        grown = growth.measure(ours, plan.cursors, plan.collections, plan.seconds, say) if plan.cursors else []
         return {
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "machine": machine(),
@@ -146,9 +148,10 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
             "took": round(time.monotonic() - started),
             "fresh_memory": fresh,
             "launcher_memory": launcher,
-            "loaded_memory": {target.name: target.memory() for target in targets},
+            "loaded_memory": loaded,
             "idle": idle,
             "samples": [sample.as_dict() for sample in samples],
+            "growth": grown,
         }
     finally:
         for target in targets:

@@ -36,12 +36,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """``rounds`` passes over ``points``, each for ``seconds`` per target; and ``idle`` clients that do nothing."""
+    """``rounds`` passes over ``points``, each for ``seconds`` per target; ``idle`` clients that do nothing.
+
+    And pg_ferret alone with so many ``cursors`` open and so many ``collections`` more, if any.
+    """
 
     points: tuple[Point, ...]
     rounds: int
     seconds: float
     idle: int
+    cursors: int = 0
+    collections: int = 0
 
 
 def _points(**clients: tuple[int, ...]) -> tuple[Point, ...]:
@@ -93,4 +98,6 @@ FULL = Plan(
     rounds=3,
     seconds=2.0,
     idle=10_000,
+    cursors=100_000,
+    collections=10_000,
 )

@@ -111,7 +111,17 @@ def table(run: dict[str, Any]) -> str:
             ratio = [ours.rate / theirs.rate, ours.p99 / theirs.p99]
             ratio += [_quotient(ours.gateway, theirs.gateway), _quotient(ours.postgres, theirs.postgres)]
             ratios.append(f"| {TITLES[op]} | {clients} | " + " | ".join(f"{value:.2f}" for value in ratio) + " |")
-    return "\n".join(lines + ratios + _memory(run) + (["", "Errors:", "", *problems] if problems else [])) + "\n"
+    return (
+        "\n".join(
+            lines
+            + ratios
+            + _beside(run)
+            + _memory(run)
+            + _growth(run)
+            + (["", "Errors:", "", *problems] if problems else [])
+        )
+        + "\n"
+    )
 
 
 def _others(run: dict[str, Any]) -> float:
@@ -121,6 +131,38 @@ def _others(run: dict[str, Any]) -> float:
 
 def _quotient(ours: float, theirs: float) -> float:
     return ours / theirs if theirs else float("nan")
+
+
+def _beside(run: dict[str, Any]) -> list[str]:
+    """How much later point reads are answered while one of the clients aggregates."""
+    found = cells(run)
+    with_it, without = found.get(("find-beside", 64), {}), found.get(("find", 64), {})
+    factors = [
+        f"{target} {with_it[target].p99 / without[target].p99:.2f}"
+        for target in with_it
+        if with_it[target].p99 and target in without and without[target].p99
+    ]
+    if not factors:
+        return []
+    return ["", f"p99 of 63 clients' point reads beside the aggregation, divided by p99 without: {', '.join(factors)}."]
+
+
+def _growth(run: dict[str, Any]) -> list[str]:
+    """What pg_ferret's requests cost under conditions that must not matter."""
+    found = cells({"samples": run.get("growth", [])})
+    if not found:
+        return []
+    lines = [
+        "",
+        "pg_ferret alone, 16 clients, one condition after the other (ops/s, and CPU µs of the gateway per operation):",
+        "",
+        "| condition | " + " | ".join(TITLES[op] for op, _ in found) + " |",
+        "|---|" + "--:|" * len(found),
+    ]
+    for condition in next(iter(found.values())):
+        figures = [f"{row[condition].rate:,.0f} ({row[condition].gateway:,.0f})" for row in found.values()]
+        lines.append(f"| {condition} | " + " | ".join(figures) + " |")
+    return lines
 
 
 def _memory(run: dict[str, Any]) -> list[str]:

@@ -75,8 +75,6 @@ fork_supervisor(int *channel)
 		"PATH=/usr/local/bin:/usr/bin:/bin", "LC_ALL=C.UTF-8", "PYTHONPATH=" PG_FERRET_PYTHON_DIR,
 		/* glibc: large messages in mappings of their own, always, so that their memory is given back. */
 		"MALLOC_MMAP_THRESHOLD_=4194304", "MALLOC_TRIM_THRESHOLD_=16777216",
-		/* libuv: epoll_ctl() batched by io_uring loses descriptors that are closed and opened again meanwhile. */
-		"UV_USE_IO_URING=0",
 		NULL
 	};
 	int			pair[2];

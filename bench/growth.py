@@ -1,0 +1,59 @@
+"""What must not make a request dearer: open cursors, collections, a second worker.  pg_ferret alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pymongo import MongoClient
+
+from bench.plan import Point
+from bench.targets import PgFerret, Sample
+from dev.cluster import wait_for
+
+_POINTS = (Point("find", 16), Point("insert", 16), Point("scan", 16))
+_ROUNDS = 2
+_THREADS = 16
+
+
+def measure(target: PgFerret, cursors: int, collections: int, seconds: float, say: Callable[[str], None]) -> list[Any]:
+    """Samples under one condition after the other; ``target`` of a sample is the condition's name."""
+    samples: list[Sample] = []
+
+    def under(condition: str) -> None:
+        for _ in range(_ROUNDS):
+            for point in _POINTS:
+                sample = target.measure(point, seconds)
+                sample.target = condition
+                samples.append(sample)
+                say(f"{condition}: {point.op} {sample.ops / sample.seconds:,.0f}/s")
+
+    under("2 workers")
+    _resize(target, 1)
+    under("1 worker")
+    _resize(target, 2)
+    with MongoClient[dict[str, Any]](target.uri, maxPoolSize=_THREADS) as client:
+        database = client[target.database]
+
+        def open_cursor(_: int) -> int:
+            return int(database.command("find", "docs", batchSize=1)["cursor"]["id"])
+
+        def create(number: int) -> None:
+            client[f"{target.database}_many"].create_collection(f"c{number}", check_exists=False)
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            opened = list(threads.map(open_cursor, range(cursors)))
+            under(f"{cursors:,} open cursors")
+            for start in range(0, cursors, 1000):
+                database.command("killCursors", "docs", cursors=opened[start : start + 1000])
+            under("2 workers, again")
+            list(threads.map(create, range(collections)))
+            under(f"{collections:,} collections more")
+    return [sample.as_dict() for sample in samples]
+
+
+def _resize(target: PgFerret, workers: int) -> None:
+    target.cluster.configure(ferretdb__workers=str(workers))
+    wanted = ["ready"] * (workers + 1)
+    wait_for(lambda: [row["state"] for row in target.cluster.status()] == wanted, 20, f"{workers} workers")
