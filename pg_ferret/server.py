@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -43,8 +44,10 @@ _LAST_REQUEST_SECONDS = 1.0
 _CONTROL_BYTES = 1 << 18
 _MAX_LISTENERS = 250
 _REFUSAL_LOG_SECONDS = 5.0
+_MANY_CLIENTS = 256
 # Beside clients and the pool: the loop's own, the registry, listeners old and new, clients that are being refused.
 _KEPT_DESCRIPTORS = 64 + WAITING_AT_MOST
+_libc = ctypes.CDLL(None)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -80,6 +83,7 @@ class Worker:
         self._accepted = 0
         self._number = 0
         self._most_clients = 0
+        self._peak = 0  # clients at a time, since memory was given back
         self._refusal_told = -_REFUSAL_LOG_SECONDS
         self._stop = asyncio.Event()
         self._fast = asyncio.Event()
@@ -341,8 +345,18 @@ class Worker:
     def _watch_clients(self) -> None:
         self._loop.call_later(backlog.TICK_SECONDS, self._watch_clients)
         self._services.backlog.tick()
+        self._give_back()
         if self._balance.ahead() and not self._stop.is_set():
             self._move(self._balance.excess())
+
+
+    def _give_back(self) -> None:
+        """Memory of clients that are gone goes back to the system; glibc alone would keep it for the next ones."""
+        count = len(self._clients)
+        self._peak = max(self._peak, count)
+        if self._peak - count >= _MANY_CLIENTS:
+            self._peak = count
+            _libc.malloc_trim(0)
 
 
 async def _attempt(work: Coroutine[Any, Any, object], accepted: socket.socket) -> None:
