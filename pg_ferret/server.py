@@ -349,7 +349,6 @@ class Worker:
         if self._balance.ahead() and not self._stop.is_set():
             self._move(self._balance.excess())
 
-
     def _give_back(self) -> None:
         """Memory of clients that are gone goes back to the system; glibc alone would keep it for the next ones."""
         count = len(self._clients)

@@ -503,7 +503,8 @@ def unread_replies(stage: Stage) -> None:
     quiet = _quiet(1.5)
     connections = _connections(stage)
     highest = sum(map(pss, stage.pids()))
-    limit = highest + (64 << 20) * 3
+    # client_memory, and for each connection to PostgreSQL one reply of 8 MB: in libpq's buffer, as a page, on its way.
+    limit = highest + (64 << 20) + 8 * ((16 + 8 + 8) << 20)
     asking = _message({"find": "big", "$db": DATABASE})
     with stage.calm(), ExitStack() as stack:
         bad = [_client(stage, stack) for _ in range(60)]
