@@ -466,6 +466,7 @@ launcher_exit(int code, Datum arg)
 		return;					/* nobody will read it, and the lock may never be free */
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
 	ferret_shared->launcher = 0;
+	ferret_shared->setting_errors_size = 0;
 	memset(ferret_shared->slots, 0, SLOTS * sizeof(FerretSlot));
 	LWLockRelease(ferret_shared->lock);
 }

@@ -45,6 +45,7 @@ _CONTROL_BYTES = 1 << 18
 _MAX_LISTENERS = 250
 _REFUSAL_LOG_SECONDS = 5.0
 _MANY_CLIENTS = 256
+_NO_DESCRIPTORS = "too many connections for the limit of file descriptors (ulimit -n)"
 # Beside clients and the pool: the loop's own, the registry, listeners old and new, clients that are being refused.
 _KEPT_DESCRIPTORS = 64 + WAITING_AT_MOST
 _libc = ctypes.CDLL(None)
@@ -96,7 +97,7 @@ class Worker:
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._hurry)
         place = directory.path(boot.config)
-        pool = Pool(conninfo(boot.config), pool_limits(boot.config), self._trouble, self._over)
+        pool = Pool(conninfo(boot.config), pool_limits(boot.config), self._trouble, self._going_on)
         self._services = Services(boot.config, pool, Cursors(place), boot.status, boot.slot)
         self._balance = Balance(boot.status, boot.slot)
         self._set_limits(boot.config)
@@ -108,7 +109,7 @@ class Worker:
         self._watch_clients()
         loop.add_reader(boot.control.fileno(), self._controlled)
         self._listen(boot.listeners)
-        adopter = Adopter("other workers", boot.handover[1].dup(), loop, self._balance, self._adopt)
+        adopter = Adopter("other workers", boot.handover[1].dup(), loop, self._balance, self._take_over)
         self._slot.set(state=State.READY)
         _log.info("ready")
         await self._stop.wait()
@@ -124,8 +125,8 @@ class Worker:
     def _trouble(self, text: str) -> None:
         self._services.trouble(text)
 
-    def _over(self, text: str) -> None:
-        self._services.over(text)
+    def _going_on(self, text: str, begins: bool) -> None:
+        self._services.going_on(text, begins)
 
     # Clients.
 
@@ -146,6 +147,12 @@ class Worker:
         self._accepted += 1
         self._adopt(accepted, address)
 
+    def _take_over(self, accepted: socket.socket, address: Address) -> None:
+        if len(self._clients) >= self._most_clients:
+            self._refuse(accepted, _NO_DESCRIPTORS)
+        else:
+            self._adopt(accepted, address)
+
     def _adopt(self, accepted: socket.socket, address: Address) -> None:
         """Serve a client, a new one or another worker's."""
         self._number += 1
@@ -160,7 +167,7 @@ class Worker:
     def _reason_to_refuse(self) -> str:
         """Why there is no room for one more client; empty if there is."""
         if len(self._clients) >= self._most_clients:
-            return "too many connections for the limit of file descriptors (ulimit -n)"
+            return _NO_DESCRIPTORS
         connections = sum(slot.get("connections") for slot in self._balance.workers())
         if connections >= self._services.config.settings.max_connections:
             return "too many connections (ferretdb.max_connections)"

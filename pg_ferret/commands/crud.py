@@ -8,7 +8,8 @@ from typing import NamedTuple
 from pg_ferret.commands import write_errors
 from pg_ferret.commands.arguments import collection, database, session, spec, unchanged
 from pg_ferret.engine import calls
-from pg_ferret.engine.backend import Row
+from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.shared import Shared
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
@@ -67,8 +68,8 @@ async def find(request: Request, client: Client) -> bytes:
         # Of about the same cost: the same first condition by name and type, about the same length.
         _, start, end = span
         stop = frame.find(0, start + 5, end)
-        shape = b"%b\0%b%d" % (namespace, frame[start + 4 : max(stop, start + 4)], (end - start) >> 5)
-        row = await client.services.engine.share(calls.FIND, (db, body), shape)
+        shape = hash((namespace, frame[start + 4 : max(stop, start + 4)], (end - start) >> 5))
+        row = await client.services.engine.share(Shared(calls.FIND, (db, body), namespace, shape))
     if row[1] is None:
         page = row[0]
         assert page is not None

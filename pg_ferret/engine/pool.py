@@ -17,10 +17,11 @@ import psycopg
 import psycopg_pool
 import structlog
 
-from pg_ferret.engine.backend import Backend, Params, Row, Session
+from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.limits import Limits
-from pg_ferret.engine.shared import Costs, SharedLine
+from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
+from pg_ferret.engine.shared import Costs, Owner, Shared, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.errors import CommandError
 
@@ -48,11 +49,11 @@ class Pool:
     """The worker's connections to PostgreSQL."""
 
     def __init__(
-        self, conninfo: str, limits: Limits, trouble: Callable[[str], None], over: Callable[[str], None]
+        self, conninfo: str, limits: Limits, trouble: Callable[[str], None], going_on: Callable[[str, bool], None]
     ) -> None:
-        """`trouble` is told when PostgreSQL cannot be reached or does not obey, `over` when that has ended."""
+        """`trouble` is told when PostgreSQL cannot be reached, `going_on` since when and until when it does not obey."""
         self._trouble = trouble
-        self._over = over
+        self._going_on = going_on
         self._unheeding: dict[Backend, _Unheeding] = {}
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -65,7 +66,9 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._costs = Costs()
         self._line: SharedLine | None = None
-        self._line_coming = False
+        self._line_wanted: Call | None = None  # there is none, and this is what it should have prepared
+        self._owner = Owner(self._elsewhere, self._line_ended, self._line_stalled)
+        self._elsewhere_now: dict[asyncio.Task[None], asyncio.Future[Row]] = {}
         self._closed = False
         self._source = psycopg_pool.AsyncConnectionPool(
             conninfo,
@@ -122,7 +125,7 @@ class Pool:
         if (line := self._line) is not None:
             self._line = None
             line.drop()
-            await self._close_line(line)
+            await self._put_back(line)
         for backend in tuple(self._all):
             await self._give_back(backend)
         await self._source.close()
@@ -134,7 +137,7 @@ class Pool:
             return
         await self._resize_source()
         if limits.largest < 2 and self._line is not None:
-            self._line.drop()
+            self._line.retire()
         while self._idle and self.size > limits.largest:
             await self._give_back(self._idle[0])
         for _ in range(limits.smallest - len(self._all) - self._growing):
@@ -152,40 +155,67 @@ class Pool:
             return self._idle.pop().execute(call, params, timeout_ms)
         return self._call_later(call, params, timeout_ms)
 
-    def share(self, call: Call, params: Params, shape: bytes) -> Awaitable[Row]:
-        """As `call`, for reads: those whose ``shape`` has been cheap lately share one connection."""
+    def share(self, read: Shared) -> Awaitable[Row]:
+        """As `call`, for reads: those whose shape has been cheap lately share one connection."""
         line = self._line
-        if line is not None and line.takes(shape):
-            return line.add(call, params, shape)
-        return self._measured(call, params, shape)
+        if line is not None and line.takes(read):
+            return line.add(read)
+        return self._measured(read)
 
-    async def _measured(self, call: Call, params: Params, shape: bytes) -> Row:
+    async def _measured(self, read: Shared) -> Row:
         backend = self._idle.pop() if self._idle else await self._next()
+        while backend.lost:  # in the moment between the two
+            backend = await self._next()
         started = self._loop.time()
-        row = await backend.execute(call, params)
-        self._costs.note(shape, self._loop.time() - started)
-        if self._line is None and not self._line_coming and self._limits.largest > 1:
-            self._line_coming = True
-            self._spawn(self._open_line())
+        row = await backend.execute(read.call, read.params)
+        self._costs.note(read.shape, self._loop.time() - started)
+        if self._line is None and self._line_wanted is None:
+            self._line_wanted = read.call
+            if backend in self._idle and self._becomes_line(backend):
+                self._idle.remove(backend)
         return row
 
-    async def _open_line(self) -> None:
-        try:
-            connection = await self._source.getconn()
-        except (psycopg_pool.PoolTimeout, psycopg.Error):
-            return  # reads go alone until the next one of them tries again
-        finally:
-            self._line_coming = False
-        self._line = SharedLine(connection, self._costs, self.call, self._line_ended)
+    def _becomes_line(self, backend: Backend) -> bool:
+        """Make a connection that is free the shared one, if there is to be one and it fits."""
+        call = self._line_wanted
+        if call is None or self._limits.largest < 2 or backend.swollen or not backend.has_prepared(call):
+            return False
+        self._line_wanted = None
+        self._all.discard(backend)
+        backend.detach()
+        self._line = SharedLine(backend.connection, self._loop, call, self._costs, self._owner)
+        self._grow_if_needed()
+        return True
 
     def _line_ended(self) -> None:
         line, self._line = self._line, None
         if line is not None:
-            self._spawn(self._close_line(line))
+            self._spawn(self._put_back(line))
 
-    async def _close_line(self, line: SharedLine) -> None:
-        await line.connection.close()
-        await self._source.putconn(line.connection)
+    def _line_stalled(self, namespace: bytes) -> None:
+        """A read on the shared connection goes on and on: it is cancelled there as if its client had gone."""
+        line, self._line = self._line, None
+        if line is not None:
+            backend = Backend(line.connection, self._loop, self._release, self._ended)
+            backend.abandon()
+            self._all.add(backend)
+            self._spawn(self._recover(backend, "find " + namespace.decode("utf-8", "replace")))
+
+    def _elsewhere(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
+        task = self._spawn(self._again(read, waiter))
+        self._elsewhere_now[task] = waiter
+        task.add_done_callback(self._elsewhere_now.pop)
+
+    async def _again(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
+        """A read that could not be run on the shared connection."""
+        try:
+            row = await self.call(read.call, read.params)
+        except Exception as error:
+            if not waiter.done():
+                waiter.set_exception(error)
+        else:
+            if not waiter.done():
+                waiter.set_result(row)
 
     async def _call_later(self, call: Call, params: Params, timeout_ms: bytes | None) -> Row:
         backend = await self._next()
@@ -195,6 +225,9 @@ class Pool:
 
     def abandon(self, request: str) -> None:
         """Cancel the calls for which nobody waits any more; ``request`` tells what they were made for."""
+        for task, waiter in self._elsewhere_now.items():
+            if waiter.cancelled():
+                task.cancel()
         for backend in self._all:
             if backend.abandoned and not backend.held:
                 backend.held = True  # now: before the task begins, the call may end and the next one be given it
@@ -238,8 +271,10 @@ class Pool:
         """A connection has come free."""
         if backend.lost or (self._unheeding and not self._heeds(backend)):
             return
-        if len(self._all) + (self._line is not None) > self._limits.largest:
+        if backend.spent or self.size > self._limits.largest:
             self._spawn(self._give_back(backend))
+            return
+        if self._line_wanted is not None and self._becomes_line(backend):
             return
         while self._waiting:
             waiter = self._waiting.popleft()
@@ -257,7 +292,7 @@ class Pool:
         # Its place is another's from now on.  We stay connected to see it end: hanging up would not stop it either.
         text = f"{request}: PostgreSQL backend {backend.pid} ignores its cancel request since {since:%H:%M:%S} UTC"
         _log.warning("a query ignores its cancel request", request=request, backend_pid=backend.pid, since=since)
-        self._trouble(text)
+        self._going_on(text, True)
         self._all.discard(backend)
         self._unheeding[backend] = _Unheeding(text, since)
         await self._resize_source()
@@ -276,7 +311,7 @@ class Pool:
             return True
         seconds = (datetime.now(UTC) - late.since).total_seconds()
         _log.info("a query that ignored its cancel request has ended", backend_pid=backend.pid, seconds=round(seconds))
-        self._over(late.text)
+        self._going_on(late.text, False)
         self._all.add(backend)
         self._spawn(self._give_back(backend))
         self._spawn(self._resize_source())
@@ -330,11 +365,15 @@ class Pool:
         if backend.busy:
             backend.drop()
         backend.detach()
-        if broken:
-            await backend.connection.close()
+        await self._put_back(backend, broken=broken)
+
+    async def _put_back(self, pipeline: Pipeline, broken: bool | None = None) -> None:
+        """Return a connection that is off the loop to psycopg_pool, which replaces it if it is closed."""
+        if pipeline.lost or pipeline.swollen if broken is None else broken:
+            await pipeline.connection.close()
         else:
-            backend.leave_pipeline()
-        await self._source.putconn(backend.connection)
+            pipeline.leave_pipeline()
+        await self._source.putconn(pipeline.connection)
         self._grow_if_needed()
 
     async def tend(self) -> None:
@@ -346,8 +385,13 @@ class Pool:
             spare = len(self._all) > self._limits.smallest and backend.idle_ticks > _IDLE_TICKS
             if backend.lost or spare or backend.swollen:
                 await self._give_back(backend)
+        if (line := self._line) is not None and not line.busy:
+            line.idle_ticks += 1
+            if line.swollen or line.idle_ticks > _IDLE_TICKS:
+                line.retire()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

@@ -17,6 +17,8 @@ _log = structlog.get_logger()
 TICK_SECONDS = 1.0
 # Each with a line of its own; of more, only the number is told.
 _LINES = 3
+# Who holds less is disconnected last when memory is short: a small request that has come in two pieces is no offender.
+_SMALL_BYTES = 64 * 1024
 
 
 class Holder(Protocol):
@@ -81,9 +83,9 @@ class Backlog:
         self._disconnect(late, "it stopped in the middle of a message or a reply (ferretdb.client_timeout)")
 
     def _shed(self) -> None:
-        """Make room, at the cost of those that have not moved for the longest."""
+        """Make room, at the cost of those that hold much and have not moved for the longest."""
         victims = []
-        stuck = sorted((client for client in self._holds if self._holds[client].stuck), key=self._moved)
+        stuck = sorted((client for client in self._holds if self._holds[client].stuck), key=self._order)
         excess = self.held - self.limit
         for client in stuck:
             if excess <= 0:
@@ -92,8 +94,9 @@ class Backlog:
             victims.append(client)
         self._disconnect(victims, "messages under way take too much memory (ferretdb.client_memory)")
 
-    def _moved(self, client: Holder) -> float:
-        return self._holds[client].moved
+    def _order(self, client: Holder) -> tuple[bool, float]:
+        hold = self._holds[client]
+        return hold.size < _SMALL_BYTES, hold.moved
 
     def _disconnect(self, clients: list[Holder], reason: str) -> None:
         for number, client in enumerate(clients, 1):

@@ -31,7 +31,7 @@ class Counters:
 class Services:
     """One worker's share of everything."""
 
-    __slots__ = ("backlog", "config", "counters", "cursors", "engine", "slot", "status")
+    __slots__ = ("_going_on", "_latest", "backlog", "config", "counters", "cursors", "engine", "slot", "status")
 
     def __init__(self, config: Config, engine: Pool, cursors: Cursors, status: StatusTable, slot: int) -> None:
         self.config = config  # replaced by the server when the configuration changes
@@ -41,16 +41,29 @@ class Services:
         self.slot = slot
         self.counters = Counters()
         self.backlog = Backlog()
+        self._going_on: dict[str, str] = {}  # problem -> how it is shown, with the time it began
+        self._latest = ""
 
     def trouble(self, text: str) -> None:
         """Show a problem as this worker's message in ferretdb.status."""
-        self.status[self.slot].message = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {text}"
+        self._latest = _stamped(text)
+        self._show()
 
-    def over(self, text: str) -> None:
-        """A problem shown by ``trouble`` is over: it goes if nothing else was shown since."""
-        slot = self.status[self.slot]
-        if slot.message.endswith(f" UTC: {text}"):
-            slot.message = ""
+    def going_on(self, text: str, begins: bool) -> None:
+        """Show a problem from its beginning to its end, beside whatever else happens."""
+        if begins:
+            self._going_on[text] = _stamped(text)
+        else:
+            self._going_on.pop(text, None)
+        self._show()
+
+    def _show(self) -> None:
+        lines = [*self._going_on.values(), self._latest]
+        self.status[self.slot].message = "; ".join(filter(None, lines))
+
+
+def _stamped(text: str) -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {text}"
 
 
 class Client:

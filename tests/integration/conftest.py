@@ -15,6 +15,7 @@ from pymongo import AsyncMongoClient, MongoClient
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.database import Database
 
+from config.settings import Config, Server, Settings
 from dev.cluster import Cluster
 
 Document = dict[str, Any]
@@ -36,6 +37,26 @@ def _made(settings: dict[str, str], preload: bool) -> Cluster:
     atexit.register(cluster.destroy)
     cluster.start()
     return cluster
+
+
+def configuration(cluster: Cluster, **settings: Any) -> Config:
+    """The configuration of a worker in the test's own process."""
+    server = Server(
+        socket_directories=str(cluster.socket_dir),
+        port=cluster.pg_port,
+        user="postgres",
+        database="postgres",
+        data_directory=str(cluster.data),
+        max_connections=100,
+        superuser_reserved_connections=3,
+        reserved_connections=0,
+        version="18",
+        documentdb="1.0",
+        in_recovery=False,
+        started="now",
+        setting_errors=(),
+    )
+    return Config(settings=Settings(workers=1, **settings), server=server)
 
 
 @pytest.fixture(scope="session")

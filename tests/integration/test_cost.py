@@ -23,7 +23,6 @@ import pytest
 from bson import Binary, Int64, encode
 from pymongo import MongoClient
 
-from config.settings import Config, Server, Settings
 from dev.cluster import Cluster, wait_for
 from pg_ferret.connection import Connection
 from pg_ferret.engine.limits import conninfo, pool_limits
@@ -31,7 +30,7 @@ from pg_ferret.engine.pool import Pool
 from pg_ferret.state.client import Client, Services
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.status import StatusTable
-from tests.integration.conftest import CLIENT_OPTIONS
+from tests.integration.conftest import CLIENT_OPTIONS, configuration
 
 Document = dict[str, Any]
 NewCluster = Callable[..., Cluster]
@@ -39,62 +38,64 @@ NewCluster = Callable[..., Cluster]
 TOLERANCE = 0.05
 # Instructions of CPython 3.14 for one request, by function.
 INSTRUCTIONS: dict[str, dict[str, int]] = {
-    "ping": {  # 389
+    "ping": {  # 400
         "commands/handshake.py:ping": 3,
         "connection.py:Connection._receive": 44,
-        "connection.py:Connection._serve": 68,
+        "connection.py:Connection._serve": 73,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 14,
         "dispatch.py:respond": 65,
-        "engine/backend.py:Backend.__init__": 1,
         "wire/message.py:Shapes.find": 33,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 86,
-        "wire/message.py:reply": 19,
+        "wire/message.py:reply": 26,
     },
-    "find": {  # 834
-        "commands/crud.py:find": 100,
+    "find": {  # 884
+        "commands/crud.py:find": 102,
         "connection.py:Connection._receive": 42,
-        "connection.py:Connection._serve": 71,
+        "connection.py:Connection._serve": 76,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 14,
         "dispatch.py:respond": 68,
-        "engine/pool.py:Pool.share": 19,
+        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/pipeline.py:Pipeline._sync": 13,
+        "engine/pool.py:Pool.share": 18,
         "engine/shared.py:Costs.cheap": 4,
-        "engine/shared.py:SharedLine._finish": 36,
-        "engine/shared.py:SharedLine._readable": 90,
-        "engine/shared.py:SharedLine._send": 42,
-        "engine/shared.py:SharedLine._take": 83,
-        "engine/shared.py:SharedLine.add": 48,
-        "engine/shared.py:SharedLine.takes": 23,
+        "engine/shared.py:SharedLine._finish": 42,
+        "engine/shared.py:SharedLine._send": 45,
+        "engine/shared.py:SharedLine._take": 93,
+        "engine/shared.py:SharedLine.add": 45,
+        "engine/shared.py:SharedLine.takes": 31,
         "wire/message.py:Shapes.find": 33,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 86,
-        "wire/message.py:reply": 19,
+        "wire/message.py:reply": 26,
     },
-    "insert": {  # 899
+    "insert": {  # 923
         "commands/crud.py:_write": 71,
         "commands/crud.py:insert": 14,
         "connection.py:Connection._receive": 42,
-        "connection.py:Connection._serve": 71,
+        "connection.py:Connection._serve": 76,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 14,
         "dispatch.py:respond": 68,
         "engine/backend.py:Backend._finish": 58,
-        "engine/backend.py:Backend._readable": 94,
         "engine/backend.py:Backend._send": 18,
         "engine/backend.py:Backend._take": 76,
-        "engine/backend.py:Backend.execute": 37,
-        "engine/pool.py:Pool._release": 38,
+        "engine/backend.py:Backend.execute": 29,
+        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/pipeline.py:Pipeline._sync": 13,
+        "engine/pool.py:Pool._release": 39,
         "engine/pool.py:Pool.call": 14,
+        "engine/pool.py:Pool.size": 10,
         "wire/message.py:Shapes.find": 33,
         "wire/message.py:_add_sequence": 59,
         "wire/message.py:_sequences": 30,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 87,
-        "wire/message.py:reply": 19,
+        "wire/message.py:reply": 26,
     },
-    "update": {  # 922
+    "update": {  # 934
         "commands/crud.py:_write": 71,
         "commands/crud.py:update": 14,
         "connection.py:Connection._receive": 42,
@@ -103,12 +104,14 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "connection.py:start": 14,
         "dispatch.py:respond": 68,
         "engine/backend.py:Backend._finish": 58,
-        "engine/backend.py:Backend._readable": 94,
         "engine/backend.py:Backend._send": 18,
         "engine/backend.py:Backend._take": 76,
-        "engine/backend.py:Backend.execute": 37,
-        "engine/pool.py:Pool._release": 38,
+        "engine/backend.py:Backend.execute": 29,
+        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/pipeline.py:Pipeline._sync": 13,
+        "engine/pool.py:Pool._release": 39,
         "engine/pool.py:Pool.call": 14,
+        "engine/pool.py:Pool.size": 10,
         "wire/message.py:Shapes.find": 44,
         "wire/message.py:_add_sequence": 59,
         "wire/message.py:_sequences": 30,
@@ -116,7 +119,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "getMore": {  # 965
+    "getMore": {  # 977
         "commands/cursors.py:get_more": 114,
         "connection.py:Connection._receive": 42,
         "connection.py:Connection._serve": 76,
@@ -124,12 +127,14 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "connection.py:start": 14,
         "dispatch.py:respond": 68,
         "engine/backend.py:Backend._finish": 58,
-        "engine/backend.py:Backend._readable": 94,
         "engine/backend.py:Backend._send": 18,
         "engine/backend.py:Backend._take": 76,
-        "engine/backend.py:Backend.execute": 37,
-        "engine/pool.py:Pool._release": 38,
+        "engine/backend.py:Backend.execute": 29,
+        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/pipeline.py:Pipeline._sync": 13,
+        "engine/pool.py:Pool._release": 39,
         "engine/pool.py:Pool.call": 14,
+        "engine/pool.py:Pool.size": 10,
         "state/cursors.py:Cursors.advance": 41,
         "state/cursors.py:Cursors.get": 56,
         "state/cursors.py:_pack": 12,
@@ -227,32 +232,12 @@ def counted() -> Iterator[Counter[str]]:
         monitoring.free_tool_id(monitoring.PROFILER_ID)
 
 
-def configuration(cluster: Cluster) -> Config:
-    """A worker's configuration for the cluster."""
-    server = Server(
-        socket_directories=str(cluster.socket_dir),
-        port=cluster.pg_port,
-        user="postgres",
-        database="postgres",
-        data_directory=str(cluster.data),
-        max_connections=100,
-        superuser_reserved_connections=3,
-        reserved_connections=0,
-        version="18",
-        documentdb="1.0",
-        in_recovery=False,
-        started="now",
-        setting_errors=(),
-    )
-    return Config(settings=Settings(workers=1, pool_min_conns=2, pool_max_conns=4), server=server)
-
-
 @pytest.mark.skipif(sys.version_info[:2] != (3, 14), reason="the figures are those of CPython 3.14")
 @pytest.mark.parametrize("operation", ["ping", "find", "insert", "update", "getMore"])
 async def test_instructions(cluster: Cluster, client: MongoClient[Document], operation: str) -> None:
     client.cost.c.drop()
     client.cost.c.insert_many([{"_id": number} for number in range(_WARM + _MEASURED + 10)])
-    config = configuration(cluster)
+    config = configuration(cluster, pool_min_conns=2, pool_max_conns=4)
     pool = Pool(conninfo(config), pool_limits(config), pytest.fail, pytest.fail)
     with tempfile.TemporaryDirectory() as place:
         services = Services(config, pool, Cursors(Path(place)), StatusTable(2), 1)

@@ -16,7 +16,7 @@ from urllib.parse import quote_plus
 
 import pytest
 from pymongo import MongoClient
-from pymongo.errors import NotPrimaryError, OperationFailure, PyMongoError
+from pymongo.errors import NotPrimaryError, PyMongoError
 
 from dev.cluster import Cluster, ClusterError, free_port, port_is_free, wait_for
 from tests.integration.conftest import CLIENT_OPTIONS
@@ -325,21 +325,3 @@ def test_reads_do_not_wait_behind_a_connection_that_stands_still(new_cluster: Ne
                     assert list(pool.map(read, range(40))) == [number % 10 for number in range(40)]
                 finally:
                     os.kill(int(pid or 0), signal.SIGCONT)
-
-
-def test_a_read_that_fails_harms_no_other(cluster: Cluster) -> None:
-    with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as client:
-        client.night.c.drop()
-        client.night.c.insert_many([{"_id": number} for number in range(10)])
-
-        def read(number: int) -> object:
-            if number % 7 == 3:
-                try:
-                    return client.night.c.find_one({"_id": {"$nonsense": number}})
-                except OperationFailure as error:
-                    return error.code
-            return (client.night.c.find_one({"_id": number % 10}) or {})["_id"]
-
-        with ThreadPoolExecutor(8) as pool:
-            for _ in range(3):
-                assert list(pool.map(read, range(200))) == [2 if n % 7 == 3 else n % 10 for n in range(200)]

@@ -37,6 +37,14 @@ def rig() -> Rig:
     return Rig()
 
 
+def test_who_holds_little_goes_last(rig: Rig) -> None:
+    small, old, new = Holder(), Holder(), Holder()
+    rig.backlog.limit = 300_000
+    for rig.now, holder, size in (1.0, small, 20), (2.0, old, 200_000), (3.0, new, 200_000):
+        rig.backlog.hold(holder, size, stuck=True)
+    assert [holder.aborted for holder in (small, old, new)] == [False, True, False]
+
+
 def test_the_one_that_has_not_moved_for_the_longest_makes_room(rig: Rig) -> None:
     old, busy, new = Holder(), Holder(), Holder()
     rig.backlog.hold(busy, 400, stuck=False)

@@ -1,0 +1,133 @@
+"""A libpq connection in pipeline mode on the event loop, as psycopg wraps it: batches out, results in.
+
+A batch is [Parse,] Bind, Execute … Sync, sent in one write and answered in one read.  One permanent reader serves the
+connection; what the results mean is the subclasses' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg.rows import TupleRow
+
+from pg_ferret.errors import EngineError, EngineLostError
+
+Params = Sequence[bytes | bytearray | memoryview | None]
+Row = tuple[bytes | None, ...]
+
+# As plain numbers, which compare faster than enums.
+TUPLES_OK = int(pq.ExecStatus.TUPLES_OK)
+COMMAND_OK = int(pq.ExecStatus.COMMAND_OK)
+PIPELINE_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
+PIPELINE_ABORTED = int(pq.ExecStatus.PIPELINE_ABORTED)
+_BAD = int(pq.ConnStatus.BAD)
+_SQLSTATE = pq.DiagnosticField.SQLSTATE
+_MESSAGE = pq.DiagnosticField.MESSAGE_PRIMARY
+_SEVERITY = pq.DiagnosticField.SEVERITY_NONLOCALIZED
+_FATAL = (b"FATAL", b"PANIC")
+# A page beyond this leaves buffers behind that libpq never gives back.
+LARGE_BYTES = 1 << 20
+
+
+class Session(psycopg.AsyncConnection[TupleRow]):
+    """A connection that knows what is prepared in it: it may be leased again and again."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.prepared_names: set[bytes] = set()
+
+
+class Pipeline(ABC):
+    """The connection while it is on the loop."""
+
+    __slots__ = ("_conn", "_loop", "_pg", "_socket", "_writing", "busy", "idle_ticks", "lost", "swollen")
+
+    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
+        self._conn = conn
+        self._loop = loop
+        self._pg = pg = conn.pgconn
+        self._writing = False
+        self.busy = False  # an answer is still to come
+        self.lost = False
+        self.swollen = False  # its buffers have grown for a large message
+        self.idle_ticks = 0  # how often the pool has found it idle in a row
+        pg.enter_pipeline_mode()
+        self._socket = pg.socket
+        loop.add_reader(self._socket, self._readable)
+
+    @property
+    def connection(self) -> Session:
+        """The pool's connection under it."""
+        return self._conn
+
+    @property
+    def pid(self) -> int:
+        """The server process's pid."""
+        return self._pg.backend_pid
+
+    @abstractmethod
+    def _take(self, result: pq.abc.PGresult) -> None:
+        """One result of the oldest batch; the last is the answer to Sync."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """The connection is gone: tell whoever waits."""
+
+    def _sync(self) -> None:
+        """Send the batch that libpq has collected.  Raises psycopg.Error."""
+        self._pg.pipeline_sync()
+        if self._pg.flush():
+            self._writing = True
+            self.swollen = True
+            self._loop.add_writer(self._socket, self._writable)
+
+    def _readable(self) -> None:
+        pg = self._pg
+        try:
+            pg.consume_input()
+            if not self.busy:
+                pg.consume_input()  # nobody asked: it is the end that follows
+            while self.busy and not pg.is_busy():
+                result = pg.get_result()
+                if result is not None:
+                    self._take(result)
+                elif pg.status == _BAD:
+                    self._end()
+        except psycopg.Error:
+            self._end()
+
+    def _writable(self) -> None:
+        try:
+            if self._pg.flush():
+                return
+        except psycopg.Error:
+            self._end()
+        self._stop_writing()
+
+    def _stop_writing(self) -> None:
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._socket)
+
+    def detach(self) -> None:
+        """Stop watching the socket: the pool takes the connection back."""
+        if not self.lost:
+            self._stop_writing()
+            self._loop.remove_reader(self._socket)
+
+    def leave_pipeline(self) -> None:
+        """Make the connection an ordinary idle one again."""
+        self._pg.exit_pipeline_mode()
+
+    def _error_of(self, result: pq.abc.PGresult) -> Exception:
+        """What a failed result says: EngineError, or EngineLostError if it is the last the server says here."""
+        sqlstate = result.error_field(_SQLSTATE)
+        message = result.error_field(_MESSAGE)
+        if result.error_field(_SEVERITY) in _FATAL or self._pg.status == _BAD or sqlstate is None:
+            return EngineLostError((message or self._pg.error_message or b"connection lost").decode("utf-8", "replace"))
+        return EngineError(sqlstate.decode("ascii", "replace"), (message or b"").decode("utf-8", "replace"))

@@ -1,0 +1,157 @@
+"""The connection that cheap reads share, on a real server: who suffers when one of them fails, stalls or leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import psycopg
+import pytest
+from bson import decode, encode
+from pymongo import MongoClient
+
+from dev.cluster import Cluster
+from pg_ferret.engine import calls
+from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.pool import Pool
+from pg_ferret.engine.shared import Shared
+from pg_ferret.errors import EngineError
+from tests.integration.conftest import configuration
+
+Document = dict[str, Any]
+MakePool = Callable[[int], AbstractAsyncContextManager[Pool]]
+_PATIENCE_SECONDS = 10.0
+_SHAPE = 1
+
+
+@pytest.fixture
+def make_pool(cluster: Cluster, client: MongoClient[Document]) -> MakePool:
+    """A worker's pool in this process, with at most so many connections; collections ``c`` and ``d`` of ten rows."""
+    for name in ("c", "d"):
+        client.line[name].drop()
+        client.line[name].insert_many([{"_id": number, "s": "a"} for number in range(10)])
+
+    @asynccontextmanager
+    async def make(most: int) -> AsyncIterator[Pool]:
+        config = configuration(cluster, pool_min_conns=1, pool_max_conns=most)
+        pool = Pool(conninfo(config), pool_limits(config), lambda _: None, lambda _, __: None)
+        await pool.open()
+        try:
+            yield pool
+        finally:
+            await pool.close()
+
+    return make
+
+
+def find(number: int, collection: str = "c", condition: object = None) -> Shared:
+    """A read of one row; all have the same shape, as if they had turned out to cost the same."""
+    command = {"find": collection, "filter": {"_id": number} if condition is None else {"s": condition}}
+    body = encode(command | {"limit": 1, "singleBatch": True, "$db": "line"})
+    return Shared(calls.FIND, (b"line", body), b"line." + collection.encode(), _SHAPE)
+
+
+def found(row: Row) -> int:
+    """The ``_id`` of the row that was read."""
+    assert row[0] is not None
+    return int(decode(row[0])["cursor"]["firstBatch"][0]["_id"])
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Give the loop turns until it is so."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def shared(pool: Pool, number: int = 0) -> asyncio.Future[Row]:
+    """A read that has joined the line; others make it cheap, and the line be there."""
+    async with asyncio.timeout(_PATIENCE_SECONDS):
+        while not asyncio.isfuture(read := pool.share(find(number))):
+            await read
+    return read
+
+
+def active(cluster: Cluster) -> list[str | None]:
+    """What connections of the gateway wait for a lock."""
+    return [row[0] for row in cluster.psql("select pid from pg_stat_activity where wait_event_type = 'Lock'")]
+
+
+def shrunk(pool: Pool, most: int) -> bool:
+    """Whether the pool has at most so many connections."""
+    return pool.size <= most
+
+
+async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(make_pool: MakePool) -> None:
+    async with make_pool(4) as pool:
+        rows = await asyncio.gather(*[pool.share(find(number % 10)) for number in range(100)])
+        assert [found(row) for row in rows] == [number % 10 for number in range(100)]
+        assert found(await (await shared(pool, 7))) == 7
+        assert pool.size <= 4
+
+
+async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> None:
+    async with make_pool(4) as pool:
+        await (await shared(pool))
+        reads = [pool.share(find(number, condition={"$regex": "("} if number == 3 else None)) for number in range(8)]
+        assert all(map(asyncio.isfuture, reads))
+        rows = await asyncio.gather(*reads, return_exceptions=True)
+        assert isinstance(rows[3], EngineError)
+        assert [found(row) for row in rows if isinstance(row, tuple)] == [0, 1, 2, 4, 5, 6, 7]
+        # And it is not cheap any more until it has shown the contrary.
+        assert not asyncio.isfuture(alone := pool.share(find(1)))
+        assert found(await alone) == 1
+        assert found(await (await shared(pool, 5))) == 5
+
+
+async def test_who_waits_behind_a_read_that_stalls_is_served_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:
+    table = cluster.psql(
+        "select collection_id from documentdb_api_catalog.collections"
+        " where database_name = 'line' and collection_name = 'd'"
+    )[0][0]
+    async with make_pool(6) as pool, await psycopg.AsyncConnection.connect(conninfo(configuration(cluster))) as blocker:
+        await (await shared(pool))
+        await blocker.execute(f"lock table documentdb_data.documents_{table} in access exclusive mode")
+        stalled = pool.share(find(1, "d"))
+        behind = [pool.share(find(number)) for number in range(5)]
+        assert asyncio.isfuture(stalled)
+        assert all(map(asyncio.isfuture, behind))
+        async with asyncio.timeout(2):
+            assert [found(row) for row in await asyncio.gather(*behind)] == [0, 1, 2, 3, 4]
+        # On the line it was cancelled; it waits on a connection of its own, until its client goes.
+        await wait_until(lambda: len(active(cluster)) == 1)
+        stalled.cancel()
+        pool.abandon("find line.d")
+        await wait_until(lambda: not active(cluster))
+        assert found(await (await shared(pool, 6))) == 6
+
+
+async def test_fewer_connections_end_the_line_and_no_read(cluster: Cluster, make_pool: MakePool) -> None:
+    async with make_pool(6) as pool:
+        await (await shared(pool))
+        for most in (1, 6, 1, 6):
+            reads = [asyncio.ensure_future(pool.share(find(number % 10))) for number in range(200)]
+            await pool.resize(pool_limits(configuration(cluster, pool_min_conns=1, pool_max_conns=most)))
+            reads += [asyncio.ensure_future(pool.share(find(number % 10))) for number in range(200)]
+            assert [found(row) for row in await asyncio.gather(*reads)] == [number % 10 for number in range(200)] * 2
+            await wait_until(partial(shrunk, pool, most))
+
+
+async def test_a_large_page_ends_the_line_when_it_is_idle(make_pool: MakePool, client: MongoClient[Document]) -> None:
+    """libpq's buffers have grown for it and would stay so."""
+    client.line.c.insert_one({"_id": 10, "s": "a", "x": b"x" * (2 << 20)})
+    async with make_pool(4) as pool:
+        await (await shared(pool))
+        big = pool.share(find(10))
+        assert asyncio.isfuture(big)
+        assert found(await big) == 10
+        size = pool.size
+        await pool.tend()
+        await wait_until(lambda: pool.size < size)
+        assert found(await (await shared(pool, 2))) == 2
