@@ -51,7 +51,7 @@ class Pool:
     def __init__(
         self, conninfo: str, limits: Limits, trouble: Callable[[str], None], going_on: Callable[[str, bool], None]
     ) -> None:
-        """`trouble` is told when PostgreSQL cannot be reached, `going_on` since when and until when it does not obey."""
+        """`trouble` is told when PostgreSQL cannot be reached, `going_on` when it begins or ends to ignore a cancel."""
         self._trouble = trouble
         self._going_on = going_on
         self._unheeding: dict[Backend, _Unheeding] = {}

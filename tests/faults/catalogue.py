@@ -16,14 +16,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psycopg
-from bson import encode
 from pymongo import MongoClient
 from pymongo.errors import NotPrimaryError, PyMongoError
 
 from dev.cluster import free_port, port_is_free
+from tests.faults import raw
 from tests.faults.load import DATABASE, OPTIONS, Document, code_of, serves
 from tests.faults.runner import fault
-from tests.faults.stage import Missed, Stage, connect, kill, lives, pss
+from tests.faults.stage import Missed, Row, Stage, connect, kill, lives, pss
 
 # What a client may see when the process that serves it dies.
 CUT = "AutoReconnect"
@@ -42,18 +42,12 @@ def _replaced(stage: Stage, slot: int, pid: int) -> bool:
     return worker is not None and worker["pid"] != pid
 
 
-def _some_worker(stage: Stage) -> tuple[int, int]:
-    """Slot and pid of a worker."""
-    slot, row = random.choice(sorted(stage.workers().items()))
-    return slot, int(row["pid"])
-
-
 # -- processes of ours ------------------------------------------------------------------------------------------------
 
 
 @fault("worker killed (SIGKILL)", "others unaffected, replaced", within=1.0, rounds=5, failures=CUT)
 def worker_killed(stage: Stage) -> None:
-    slot, pid = _some_worker(stage)
+    slot, pid = stage.some_worker()
     started = str(stage.sql("select pg_postmaster_start_time() as t")[0]["t"])
     kill(pid)
     stage.recovers(lambda: _replaced(stage, slot, pid), "the worker is replaced")
@@ -68,7 +62,7 @@ def worker_killed(stage: Stage) -> None:
 )  # fmt: skip
 def worker_stopped(stage: Stage) -> None:
     before = stage.cluster.log.count("Fatal Python error: Aborted")
-    slot, pid = _some_worker(stage)
+    slot, pid = stage.some_worker()
     kill(pid, signal.SIGSTOP)
     stage.recovers(lambda: _replaced(stage, slot, pid), "the worker is replaced")
     stage.check("ferretdb.worker_timeout" in stage.cluster.log, "the log does not name ferretdb.worker_timeout")
@@ -80,7 +74,7 @@ def worker_stopped(stage: Stage) -> None:
     within=4.0, rounds=2, failures=CUT, settings={"ferretdb.worker_timeout": "1s"},
 )  # fmt: skip
 def worker_stuck(stage: Stage) -> None:
-    slot, pid = _some_worker(stage)
+    slot, pid = stage.some_worker()
     with tempfile.NamedTemporaryFile("w", suffix=".py", dir="/tmp") as script:
         script.write("import hashlib\nhashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n")
         script.flush()
@@ -276,6 +270,40 @@ def client_gone(stage: Stage) -> None:
     stage.recovers(lambda: not _sleeping(stage), "no query runs on")
 
 
+@fault("a collection locked, its readers gone", "other reads go on, these are cancelled", within=1.5, failures="")
+def locked_reads(stage: Stage) -> None:
+    asking = raw.message({"find": "locked", "filter": {"_id": 1}, "limit": 1, "singleBatch": True, "$db": DATABASE})
+    with MongoClient[Document](stage.cluster.uri, **OPTIONS) as client:
+        client[DATABASE].locked.replace_one({"_id": 1}, {}, upsert=True)
+    catalogue = "documentdb_api_catalog.collections"
+    named = f"database_name = '{DATABASE}' and collection_name = 'locked'"
+    number = stage.sql(f"select collection_id from {catalogue} where {named}")[0]["collection_id"]
+    with ExitStack() as stack, connect(stage.cluster) as blocker:
+        readers = [raw.client(stage, stack) for _ in range(8)]
+        for _ in range(5):  # so often that they share a connection with the load's point reads
+            for reader in readers:
+                reader.sendall(asking)
+                raw.answer(reader)
+        quiet = _quiet(1.0)
+        blocker.execute("begin")
+        blocker.execute(f"lock table documentdb_data.documents_{number} in access exclusive mode")
+        for reader in readers:
+            reader.sendall(asking)
+        stage.until(lambda: len(_locked(stage)) == len(readers), "the reads wait, each for itself")
+        time.sleep(1.0)  # the others' share of the time
+        _disturbed(stage, 1.0, quiet)
+        stack.close()
+        stage.recovers(lambda: not _locked(stage), "the reads are cancelled")
+
+
+def _locked(stage: Stage) -> list[int]:
+    """The gateway's backends that wait for a lock on a table."""
+    rows = stage.sql(
+        "select pid from pg_stat_activity where application_name = 'pg_ferret' and wait_event = 'relation'"
+    )
+    return [int(row["pid"]) for row in rows]
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +356,33 @@ def import_error(stage: Stage) -> None:
     script.write_text('#!/bin/sh\nexec /usr/bin/python3 -S "$@"\n')
     script.chmod(0o755)
     _broken_start(stage, "the supervisor cannot start: ModuleNotFoundError", python=str(script))
+
+
+@fault(
+    "a worker cannot boot",
+    "told, retried with growing pauses, the other one serves",
+    within=10.0,
+    rounds=1,
+    failures=CUT,
+)
+def worker_cannot_boot(stage: Stage) -> None:
+    slot, pid = stage.some_worker()
+    maps = Path(f"/proc/{pid}/maps").read_text().split()
+    registry = next(Path(part) for part in maps if part.endswith("/cursors.mdb"))
+    registry.chmod(0)
+    try:
+        kill(pid)
+        stage.until(lambda: _slot(stage, slot)["state"] == "backoff", "status shows the wait")
+        stage.until(lambda: _slot(stage, slot)["restarts"] >= 3, "it is tried again")
+        stage.check("Permission denied" in stage.cluster.log, "the log does not tell why")
+        stage.check(stage.serving(), "the other worker does not serve")
+    finally:
+        registry.chmod(0o600)
+    stage.recovers(stage.ready, "both workers are ready")
+
+
+def _slot(stage: Stage, slot: int) -> Row:
+    return next(row for row in stage.status() if row["slot"] == slot)
 
 
 @fault("state_dir cannot be used", "told with the setting's name, retried", within=3.0, rounds=1, failures=AWAY)
@@ -398,7 +453,9 @@ def _disturbed(stage: Stage, seconds: float, quiet: tuple[float, float]) -> None
     before, after = stage.load.p99(*quiet), stage.load.p99(now - seconds, now)
     stage.note("p99 before ms", round(before * 1000, 1))
     stage.note("p99 under it ms", round(after * 1000, 1))
-    stage.check(after <= 2 * before + 0.01, f"the others' p99 went from {before * 1000:.1f} to {after * 1000:.1f} ms")
+    # Below 5 ms it is the scheduler of a busy machine that is measured.
+    limit = 2 * max(before, 0.005)
+    stage.check(after <= limit, f"the others' p99 went from {before * 1000:.1f} to {after * 1000:.1f} ms")
 
 
 def _quiet(seconds: float) -> tuple[float, float]:
@@ -412,60 +469,25 @@ def many_clients(stage: Stage) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     stage.configure(max_connections="20000")
-    idle = min(10_000, hard - 2_000)
+    idle = 10_000
+    stage.check(hard >= idle + 2_000, f"not tried: ulimit -n {hard} is too low")
     before = sum(map(pss, stage.pids()))
     with stage.calm(), ExitStack() as stack:
         started = time.monotonic()
-        sockets = [_client(stage, stack) for _ in range(idle)]
-        active = [_client(stage, stack) for _ in range(500)]
+        sockets = [raw.client(stage, stack) for _ in range(idle)]
+        active = [raw.client(stage, stack) for _ in range(500)]
         for _ in range(20):
             for sock in active:
-                sock.sendall(FIND)
+                sock.sendall(raw.FIND)
             for sock in active:
-                _answer(sock)
-        stage.recovers(lambda: _connections(stage) >= idle, "counted", started)
+                raw.answer(sock)
+        stage.recovers(lambda: raw.connections(stage) >= idle, "counted", started)
         grown = sum(map(pss, stage.pids())) - before
         stage.note("idle clients", idle)
         stage.note("kB per client", round(grown / len(sockets) / 1024, 1))
         stage.check(grown < len(sockets) * 6_000 + (16 << 20), f"{grown >> 20} MB for {idle} clients")
         loads = [row["connections"] for row in stage.workers().values()]
         stage.check(max(loads) <= 1.25 * sum(loads) / len(loads), f"not shared evenly: {loads}")
-
-
-def _message(document: Document) -> bytes:
-    body = b"\0\0\0\0\0" + encode(document)
-    return struct.pack("<iiii", 16 + len(body), 1, 0, 2013) + body
-
-
-FIND = _message({"find": "rows", "filter": {"_id": 1}, "limit": 1, "singleBatch": True, "$db": DATABASE})
-
-
-def _client(stage: Stage, stack: ExitStack) -> socket.socket:
-    return stack.enter_context(socket.create_connection(("127.0.0.1", stage.cluster.port), 20))
-
-
-def _answer(sock: socket.socket) -> bytes:
-    """One whole answer; raises Missed when the connection ends."""
-    data = b""
-    while len(data) < 4 or len(data) < struct.unpack_from("<i", data)[0]:
-        more = sock.recv(1 << 20)
-        if not more:
-            raise Missed("a connection was closed instead of answered")
-        data += more
-    return data
-
-
-def _closed(sock: socket.socket) -> bool:
-    """Whether the server has closed the connection; whatever it has sent before is read."""
-    sock.setblocking(False)
-    try:
-        while sock.recv(1 << 20):
-            pass
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 @fault(
@@ -477,13 +499,13 @@ def slow_clients(stage: Stage) -> None:
     choose = random.Random(len(stage.recoveries))
     with stage.calm(), ExitStack() as stack:
         started = time.monotonic()
-        bad = [_client(stage, stack) for _ in range(200)]
+        bad = [raw.client(stage, stack) for _ in range(200)]
         for number, sock in enumerate(bad):
-            half = FIND[: choose.randrange(1, len(FIND) - 1)]
+            half = raw.FIND[: choose.randrange(1, len(raw.FIND) - 1)]
             sock.sendall([half, struct.pack("<iiii", 2**31 - 1, 1, 0, 2013), choose.randbytes(64)][number % 3])
         time.sleep(1.5)  # the others' share of the time
         _disturbed(stage, 1.5, quiet)
-        stage.recovers(lambda: all(map(_closed, bad)), "the offenders are closed", started)
+        stage.recovers(lambda: all(map(raw.closed, bad)), "the offenders are closed", started)
 
 
 @fault(
@@ -501,13 +523,13 @@ def unread_replies(stage: Stage) -> None:
         if not client[DATABASE].big.find_one({}, {"_id": 1}):
             client[DATABASE].big.insert_many([{"_id": number, "x": b"x" * (1 << 20)} for number in range(8)])
     quiet = _quiet(1.5)
-    connections = _connections(stage)
+    connections = raw.connections(stage)
     highest = sum(map(pss, stage.pids()))
     # client_memory, and for each connection to PostgreSQL one reply of 8 MB: in libpq's buffer, as a page, on its way.
     limit = highest + (64 << 20) + 8 * ((16 + 8 + 8) << 20)
-    asking = _message({"find": "big", "$db": DATABASE})
+    asking = raw.message({"find": "big", "$db": DATABASE})
     with stage.calm(), ExitStack() as stack:
-        bad = [_client(stage, stack) for _ in range(60)]
+        bad = [raw.client(stage, stack) for _ in range(60)]
         for number, sock in enumerate(bad):
             sock.settimeout(5)
             with suppress(OSError):
@@ -518,14 +540,10 @@ def unread_replies(stage: Stage) -> None:
             highest = max(highest, sum(map(pss, stage.pids())))
         stuck = time.monotonic()
         # Not by reading from them: then they would no longer be offenders.
-        stage.recovers(lambda: _connections(stage) <= connections, "the offenders are closed")
+        stage.recovers(lambda: raw.connections(stage) <= connections, "the offenders are closed")
         _disturbed(stage, time.monotonic() - stuck, quiet)
     stage.note("highest PSS MB", highest >> 20)
     stage.check(highest < limit, f"PSS rose to {highest >> 20} MB")
-
-
-def _connections(stage: Stage) -> int:
-    return sum(int(row["connections"]) for row in stage.workers().values())
 
 
 @fault("max_connections reached", "told with 365 TemporarilyUnavailable, then served", within=2.0, rounds=2)
@@ -533,9 +551,9 @@ def too_many_clients(stage: Stage) -> None:
     stage.configure(max_connections="100")
     with stage.calm(), ExitStack() as stack:
         stage.until(lambda: len(_fill(stage, stack, 20)) < 20, "the limit is reached")
-        last = _client(stage, stack)
-        last.sendall(FIND)
-        answer = _answer(last)
+        last = raw.client(stage, stack)
+        last.sendall(raw.FIND)
+        answer = raw.answer(last)
         stage.check(b"ferretdb.max_connections" in answer and b"TemporarilyUnavailable" in answer, f"answer {answer!r}")
         stage.check(_eventually_closed(stage, last), "the refused connection stays open")
         stage.until(lambda: any("max_connections" in (row["message"] or "") for row in stage.status()), "status tells")
@@ -546,15 +564,15 @@ def _fill(stage: Stage, stack: ExitStack, count: int) -> list[socket.socket]:
     """Open connections; those that are served."""
     served = []
     for _ in range(count):
-        sock = _client(stage, stack)
-        sock.sendall(FIND)
-        if b"TemporarilyUnavailable" not in _answer(sock):
+        sock = raw.client(stage, stack)
+        sock.sendall(raw.FIND)
+        if b"TemporarilyUnavailable" not in raw.answer(sock):
             served.append(sock)
     return served
 
 
 def _eventually_closed(stage: Stage, sock: socket.socket) -> bool:
-    stage.until(lambda: _closed(sock), "the connection is closed")
+    stage.until(lambda: raw.closed(sock), "the connection is closed")
     return True
 
 
@@ -582,9 +600,7 @@ def _is_small(path: Path) -> bool:
 @fault("state_dir full", "cursors fail with 14031, all else is served", within=2.0, rounds=1, load={"readers": 0})
 def full_state_dir(stage: Stage) -> None:
     if not _is_small(SMALL_FILE_SYSTEM):
-        stage.note("no small file system here: not tried", 0)
-        stage.recovers(stage.serving, "served")
-        return
+        raise Missed(f"not tried: {SMALL_FILE_SYSTEM} is no small file system (dev/enter --private makes one)")
     stage.configure(enabled="off")
     stage.until(lambda: len(stage.status()) == 1, "drained")
     stage.configure(enabled="on", state_dir=str(SMALL_FILE_SYSTEM))

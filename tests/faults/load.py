@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
@@ -40,11 +41,11 @@ def code_of(error: PyMongoError) -> str:
 
 
 class Load:
-    """Writers that keep a ledger, readers of sorted cursors, idle clients; ``stop`` ends them all."""
+    """Writers with a ledger, readers of sorted cursors and of single rows, idle clients; ``stop`` ends them all."""
 
-    def __init__(self, uri: str, port: int, *, writers: int = 4, readers: int = 4, idle: int = 50) -> None:
-        self._client: MongoClient[Document] = MongoClient(uri, maxPoolSize=writers + readers, **OPTIONS)
-        self._port = port
+    def __init__(self, uri: str, *, writers: int = 4, readers: int = 3, finders: int = 3, idle: int = 50) -> None:
+        self._client: MongoClient[Document] = MongoClient(uri, maxPoolSize=writers + readers + finders, **OPTIONS)
+        self._port = urlsplit(uri).port
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self.acknowledged: set[str] = set()
@@ -55,7 +56,7 @@ class Load:
         self.wrong: list[str] = []
         self._writers = writers
         tasks: list[Callable[[], None]] = [lambda number=number: self._write(number) for number in range(writers)]  # type: ignore[misc]
-        tasks += [self._read] * readers
+        tasks += [self._read] * readers + [self._find] * finders
         self._threads = [threading.Thread(target=self._repeat, args=(task,)) for task in tasks]
         self._idle_wanted = idle
         self._idle: list[socket.socket] = []
@@ -144,6 +145,13 @@ class Load:
                 self.wrong.append(f"a cursor gave {len(rows)} rows in a wrong order")
         if len(rows) != _ROWS:
             self.wrong.append(f"a cursor ended after {len(rows)} of {_ROWS} rows")
+
+    def _find(self) -> None:
+        """Point reads, which share connections to PostgreSQL."""
+        for number in range(_BATCH):
+            row = self._client[DATABASE].rows.find_one({"_id": number})
+            if row != {"_id": number, "r": number * 7 % _ROWS}:
+                self.wrong.append(f"row {number} was answered by {row}")
 
 
 def serves(port: int, write: bool = True) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pymongo.errors import PyMongoError
@@ -93,21 +94,21 @@ def run(item: Fault, rounds: int, patience: float = 1.0) -> Result:
     cluster = new_cluster({"ferretdb.cursor_timeout": "2s", **item.settings})
     try:
         cluster.start()
-        stage = Stage(cluster, _load(cluster.uri, cluster.port, item), item.within * patience)
+        stage = Stage(cluster, _load(cluster.uri, item), item.within * patience)
         return _run(item, rounds, stage, started)
     finally:
         cluster.destroy()
 
 
-def _load(uri: str, port: int, item: Fault) -> Load:
-    return Load(uri, port, **item.load)
+def _load(uri: str, item: Fault) -> Load:
+    return Load(uri, **item.load)
 
 
 def _run(item: Fault, rounds: int, stage: Stage, started: float) -> Result:
     stage.until(stage.ready, "the gateway is ready")
     _warm_up(stage)
     before = stage.resources()
-    stage.load = load = _load(stage.cluster.uri, stage.cluster.port, item)
+    stage.load = load = _load(stage.cluster.uri, item)
     load.start()
     try:
         stage.until(lambda: load.latencies, "the first request is answered")
@@ -144,10 +145,9 @@ def _account(item: Fault, rounds: int, stage: Stage, before: Resources, started:
         with suppress(Missed):
             stage.until(lambda: not _leaks(before, stage.resources()), "nothing is left", _SETTLE_SECONDS)
         after = stage.resources()
-        pids = stage.pids()
         stage.hang_up()
         stage.cluster.stop()
-        orphans = sum(map(lives, pids))
+        orphans = sum(map(_is_gateway, stage.seen))
     except (Missed, ClusterError, PyMongoError) as error:
         stage.problems.append(str(error))
     stage.hang_up()
@@ -164,6 +164,13 @@ def _account(item: Fault, rounds: int, stage: Stage, before: Resources, started:
         item, rounds, stage.recoveries, failed, len(stage.load.latencies), lost, orphans, before, after,
         stage.notes, problems, time.monotonic() - started,
     )  # fmt: skip
+
+
+def _is_gateway(pid: int) -> bool:
+    """Whether a process of the gateway is still there; another one may have its pid by now."""
+    with suppress(OSError):
+        return b"-m\0supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes() and lives(pid)
+    return False
 
 
 def _leaks(before: Resources, after: Resources) -> list[str]:

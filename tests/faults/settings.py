@@ -14,8 +14,10 @@ from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
 from dev.cluster import free_port, port_is_free
-from tests.faults.catalogue import FIND, _answer, _client, _closed, _connections, _some_worker
+from tests.faults import raw
+from tests.faults.catalogue import AWAY, CUT
 from tests.faults.load import DATABASE, OPTIONS, Document, serves
+from tests.faults.runner import fault
 from tests.faults.stage import Stage, kill
 
 
@@ -133,12 +135,12 @@ def max_connections(stage: Stage) -> None:
     with ExitStack() as stack:
 
         def refused() -> bool:
-            sock = _client(stage, stack)
-            sock.sendall(FIND)
-            return b"ferretdb.max_connections" in _answer(sock)
+            sock = raw.client(stage, stack)
+            sock.sendall(raw.FIND)
+            return b"ferretdb.max_connections" in raw.answer(sock)
 
         stage.until(refused, "a client too many is told")
-    stage.until(lambda: _connections(stage) < 40, "they are gone")
+    stage.until(lambda: raw.connections(stage) < 40, "they are gone")
 
 
 @change("12")
@@ -146,9 +148,9 @@ def pool_min_conns(stage: Stage) -> None:
     stage.until(lambda: len(stage.backends()) >= 12, "twelve connections are open")
 
 
-@change("4")
+@change("2")
 def pool_max_conns(stage: Stage) -> None:
-    stage.until(lambda: len(stage.backends()) <= 4, "four connections are left")
+    stage.until(lambda: len(stage.backends()) <= 2, "one connection is left to each worker")
 
 
 @change("20s")
@@ -159,20 +161,20 @@ def query_wait_timeout(stage: Stage) -> None:
 @change("1s")
 def client_timeout(stage: Stage) -> None:
     with ExitStack() as stack:
-        half = _client(stage, stack)
-        half.sendall(FIND[:30])
-        stage.until(lambda: _closed(half), "half a message is not waited for", 4.0)
+        half = raw.client(stage, stack)
+        half.sendall(raw.FIND[:30])
+        stage.until(lambda: raw.closed(half), "half a message is not waited for", 4.0)
 
 
 @change("64MB")
 def client_memory(stage: Stage) -> None:
     with ExitStack() as stack:
-        halves = [_client(stage, stack) for _ in range(6)]
+        halves = [raw.client(stage, stack) for _ in range(6)]
         for half in halves:
             half.settimeout(5)
             with suppress(OSError):
                 half.sendall((48_000_000).to_bytes(4, "little") + bytes(30 << 20))
-        stage.until(lambda: any(map(_closed, halves)), "the oldest are closed")
+        stage.until(lambda: any(map(raw.closed, halves)), "the oldest are closed")
 
 
 @change("1s")
@@ -195,7 +197,7 @@ def cursor_timeout(stage: Stage) -> None:
 
 @change("1s", cuts=True)
 def worker_timeout(stage: Stage) -> None:
-    slot, pid = _some_worker(stage)
+    slot, pid = stage.some_worker()
     kill(pid, 19)
     stage.until(lambda: stage.workers().get(slot, {}).get("pid", pid) != pid, "the stopped worker is replaced", 5.0)
 
@@ -226,3 +228,15 @@ def state_dir(stage: Stage) -> None:
     # Takes effect when no worker is there; until then it is told.
     stage.until(lambda: "ferretdb.state_dir: a change takes effect when" in stage.message(), "status tells of it")
     stage.check(stage.sql("table ferretdb.settings_errors"), "ferretdb.settings_errors shows it")
+
+
+@fault(
+    "every setting changed and changed back", "in effect; no request fails but where the change asks for it",
+    within=30.0, rounds=1, failures=f"{AWAY}, {CUT}", load={"writers": 2, "readers": 2, "finders": 2},
+)  # fmt: skip
+def every_setting(stage: Stage) -> None:
+    for item in CHANGES:
+        started = time.monotonic()
+        apply(stage, item)
+        stage.recoveries.append(time.monotonic() - started)
+        stage.note(f"{item.name} s", round(stage.recoveries[-1], 2))

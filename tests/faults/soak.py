@@ -120,7 +120,7 @@ def soak(stage: Stage, minutes: float) -> tuple[list[Sample], dict[str, int]]:
     injected: dict[str, int] = {}
     lost = 0
     while (now := time.monotonic() - started) < minutes * 60:
-        stage.load = load = Load(stage.cluster.uri, stage.cluster.port, writers=4, readers=4, idle=50)
+        stage.load = load = Load(stage.cluster.uri, writers=4, readers=4, idle=50)
         load.start()
         until = time.monotonic() + (_LOOK_EVERY if now >= _FIRST_AFTER else _FIRST_AFTER)
         while time.monotonic() < until:
@@ -160,7 +160,7 @@ def main() -> int:
     cluster = new_cluster({"ferretdb.cursor_timeout": "5s", "ferretdb.worker_timeout": "2s"})
     try:
         cluster.start()
-        stage = Stage(cluster, Load(cluster.uri, cluster.port), 30.0)
+        stage = Stage(cluster, Load(cluster.uri), 30.0)
         stage.until(stage.ready, "ready")
         samples, injected = soak(stage, arguments.minutes)
         stage.hang_up()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import tempfile
 import time
@@ -47,6 +48,7 @@ class Stage:
     recoveries: list[float] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)  # other figures, by name
     problems: list[str] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)  # every process of the gateway that ferretdb.status ever showed
     _connection: psycopg.Connection[Row] | None = None
 
     # -- eyes -----------------------------------------------------------------------------------------------------
@@ -73,7 +75,9 @@ class Stage:
 
     def status(self) -> list[Row]:
         """The rows of ferretdb.status."""
-        return self.sql("select * from ferretdb.status")
+        rows = self.sql("select * from ferretdb.status")
+        self.seen.update(row["pid"] for row in rows if row["pid"])
+        return rows
 
     def workers(self) -> dict[int, Row]:
         """Slot -> row of the workers that are ready."""
@@ -89,6 +93,11 @@ class Stage:
         if not pid:
             raise ClusterError("there is no supervisor")
         return int(pid)
+
+    def some_worker(self) -> tuple[int, int]:
+        """Slot and pid of a worker."""
+        slot, row = random.choice(sorted(self.workers().items()))
+        return slot, int(row["pid"])
 
     def pids(self) -> list[int]:
         """Every process of the gateway."""
