@@ -208,11 +208,26 @@ class Cluster:
         before = len(self.log)
         try:
             self._control("start", "-w", "-t", str(_START_SECONDS), "-l", str(self.log_file))
-            if wait and self.preload:
-                wait_for(lambda: answers_hello(self.port), _START_SECONDS, f"hello from port {self.port}")
-                wait_for(self._has_extensions, _START_SECONDS, "both extensions in the database")
-        except (ClusterError, TimeoutError) as error:
+        except ClusterError as error:
             raise ClusterError(f"{error}\n{_tail(self.log[before:])}") from None
+        if wait and self.preload:
+            self.wait(before)
+
+    def wait(self, log_from: int = 0) -> None:
+        """Return when the gateway answers hello and can write; ClusterError with its excuse if it does not."""
+        try:
+            wait_for(lambda: answers_hello(self.port), _START_SECONDS, f"hello from port {self.port}")
+            wait_for(self._has_extensions, _START_SECONDS, "both extensions in the database")
+        except (ClusterError, TimeoutError) as error:
+            raise ClusterError(f"{error}\n{self._excuse()}{_tail(self.log[log_from:])}") from None
+
+    def _excuse(self) -> str:
+        """What the gateway says of itself, as a line, if it says anything."""
+        try:
+            row = self.status()[0]
+        except (ClusterError, IndexError):
+            return ""
+        return f"ferretdb.status: {row['state']}, {row['message']}\n"
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server (smart, fast or immediate) if it runs."""
@@ -308,6 +323,9 @@ class Cluster:
             "shared_preload_libraries": "pg_cron,pg_documentdb_core,pg_documentdb" + ",pg_ferret" * self.preload,
             "cron.database_name": DATABASE,
             "cron.use_background_workers": "on",
+            # Two jobs every two seconds would be most of the log.
+            "cron.log_run": "off",
+            "cron.log_statement": "off",
             # Its background worker would try TCP every second, without a password.
             "documentdb.localhost_connection_string": f"host={self.socket_dir}",
             "documentdb.defaultCursorExpiryTimeLimitSeconds": "600",
@@ -321,7 +339,8 @@ class Cluster:
             lines["ferretdb.listen_addr"] = f"127.0.0.1:{self.port}"
         lines |= self.settings
         fresh = self.data / "dev.conf.new"
-        fresh.write_text("".join(f"{name} = {_quoted(value)}\n" for name, value in lines.items()))
+        head = "# Written at each start: what you set here is lost, what you set in postgresql.conf is overridden.\n"
+        fresh.write_text(head + "".join(f"{name} = {_quoted(value)}\n" for name, value in lines.items()))
         fresh.chmod(0o644)
         fresh.rename(self.data / "dev.conf")
 

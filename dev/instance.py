@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dev.cluster import Cluster, ClusterError, answers_hello, port_is_free, server_user, wait_for
+from dev.cluster import Cluster, ClusterError, port_is_free, server_user
 
 _TRY = """\
 MongoDB drivers are served at {uri}, for example:
@@ -63,8 +63,12 @@ class Instance:
         cluster.init()
         self._ports_file.write_text(json.dumps({"port": port, "pg_port": pg_port}))
         cluster.start()
-        self._uri_file.write_text(cluster.uri + "\n")
+        self.remember(cluster)
         return cluster
+
+    def remember(self, cluster: Cluster) -> None:
+        """For make uri."""
+        self._uri_file.write_text(cluster.uri + "\n")
 
     def stop(self) -> bool:
         """Stop the server; whether one ran."""
@@ -92,7 +96,8 @@ def start(instance: Instance, port: int, pg_port: int) -> int:
             _say(f"runs already, on PORT={cluster.port} PG_PORT={cluster.pg_port}; make stop ends it")
         else:
             _say("runs already")
-            wait_for(lambda: answers_hello(cluster.port), what="an answer to hello")
+            cluster.wait()
+            instance.remember(cluster)
     print(cluster.uri)
     return 0
 

@@ -19,9 +19,12 @@ Datum
 ferretdb_restart_workers(PG_FUNCTION_ARGS)
 {
 	ProcNumber	launcher = INVALID_PROC_NUMBER;
+	bool		workers = false;
 
 	LWLockAcquire(ferret_shared->lock, LW_EXCLUSIVE);
-	if (ferret_shared->launcher)
+	for (int i = 1; i < SLOTS; i++)
+		workers |= ferret_shared->slots[i].number[SLOT_KIND] != FERRET_KIND_FREE;
+	if (ferret_shared->launcher && workers)
 	{
 		ferret_shared->rollings++;
 		launcher = ferret_shared->launcher_proc;
@@ -30,7 +33,7 @@ ferretdb_restart_workers(PG_FUNCTION_ARGS)
 	if (launcher == INVALID_PROC_NUMBER)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("the launcher of pg_ferret is not running"),
+				 errmsg("pg_ferret has no workers to restart"),
 				 errhint("See the view ferretdb.status and the server log.")));
 	/* It may have ended since: whoever has its place then looks up once for nothing. */
 	SetLatch(&GetPGProcByNumber(launcher)->procLatch);

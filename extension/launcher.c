@@ -219,7 +219,7 @@ spawn(void)
 	{
 		char	   *text = psprintf("cannot start the supervisor: %s", strerror(errno));
 
-		ereport(LOG, errmsg("pg_ferret: %s", text));
+		ereport(WARNING, errmsg("pg_ferret: %s", text));
 		show_supervisor(0, FERRET_STATE_BACKOFF, text);
 		spawn_at = now_ms() + delay_ms(++spawn_failures + 1, 100);
 		return;
@@ -301,11 +301,19 @@ take_failure(const char *body, size_t size)
 	memcpy(&reason, body, sizeof(reason));
 	text = psprintf("ferretdb.python: cannot execute \"%s\": %s", ferret_python, strerror(reason));
 	if (strcmp(ferret_shared->slots[0].message, text) != 0)
-		ereport(LOG,
+		ereport(WARNING,
 				errmsg("pg_ferret: %s", text),
 				errhint("Set ferretdb.python to the path of Python 3.11 or later and reload the configuration."));
 	show_supervisor(supervisor, FERRET_STATE_FAILED, text);
 	set_setting_error("ferretdb.python", ferret_python, strerror(reason));
+}
+
+/* Is the supervisor a zombie?  It is left one, so that its process group's id stays taken. */
+static bool
+supervisor_ended(siginfo_t *info)
+{
+	info->si_pid = 0;
+	return waitid(P_PID, supervisor, info, WEXITED | WNOHANG | WNOWAIT) == 0 && info->si_pid == supervisor;
 }
 
 /* Take in what the supervisor and its workers have sent; true if there may be more. */
@@ -323,10 +331,16 @@ receive(void)
 			continue;
 		if (size < 0)
 			return false;
-		if (size == 0)			/* nobody is there any more; SIGCHLD will tell, unless it just closed its end */
+		if (size == 0)			/* nobody is there any more */
 		{
+			siginfo_t	info;
+			int64		deadline = now_ms() + STOP_GRACE_MS;
+
 			close(channel);
 			channel = -1;
+			/* An interpreter closes its files some time before it has ended, with a status that is worth knowing. */
+			while (!supervisor_ended(&info) && now_ms() < deadline)
+				pg_usleep(2000);
 			kill(-supervisor, SIGKILL);
 			return false;
 		}
@@ -350,14 +364,6 @@ receive(void)
 		}
 	}
 	return channel >= 0;
-}
-
-/* Is the supervisor a zombie?  It is left one, so that its process group's id stays taken. */
-static bool
-supervisor_ended(siginfo_t *info)
-{
-	info->si_pid = 0;
-	return waitid(P_PID, supervisor, info, WEXITED | WNOHANG | WNOWAIT) == 0 && info->si_pid == supervisor;
 }
 
 /* End what is left of the supervisor's process group and forget it. */
@@ -409,9 +415,15 @@ reap(void)
 		show_supervisor(supervisor, FERRET_STATE_FAILED, NULL);
 	else
 	{
-		show_supervisor(supervisor, FERRET_STATE_BACKOFF, psprintf("the supervisor ended with %s", last_exit));
-		ereport(LOG, errmsg("pg_ferret: supervisor (PID %d) ended with %s, the next one starts in %d ms",
-							(int) pid, last_exit, (int) (spawn_at - now_ms())));
+		bool		mute = supervisor_heard == supervisor_born;
+
+		show_supervisor(supervisor, FERRET_STATE_BACKOFF,
+						psprintf("the supervisor ended with %s%s", last_exit, mute ? ", see ferretdb.python" : ""));
+		ereport(WARNING,
+				errmsg("pg_ferret: supervisor (PID %d) ended with %s, the next one starts in %d ms",
+					   (int) pid, last_exit, (int) (spawn_at - now_ms())),
+				mute ? errhint("It said nothing: is ferretdb.python (\"%s\") Python 3.11 or later with the packages of pg_ferret?",
+							   ferret_python) : 0);
 	}
 }
 
@@ -537,6 +549,8 @@ reload(void)
 {
 	ConfigReloadPending = false;
 	ProcessConfigFile(PGC_SIGHUP);
+	if (supervisor == 0)
+		take_setting_errors("", 0); /* what was wrong may be mended: the next attempt will tell */
 	refresh_at = prepare_at = spawn_at = 0;
 	prepare_failures = spawn_failures = 0;
 }

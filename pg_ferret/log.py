@@ -26,6 +26,8 @@ _LINES_IN_WINDOW = 20
 _WINDOW_SECONDS = 10.0
 # A library that tries again every second says so only now and then.
 _SAME_LINE_SECONDS = 30.0
+# psycopg_pool about a connection that we have closed ourselves.
+_UNINTERESTING = frozenset(("discarding closed connection: %s",))
 # This process's latest lines as MongoDB writes them, for getLog.
 recent: deque[str] = deque(maxlen=1024)
 
@@ -94,6 +96,8 @@ class _Forwarder(logging.Handler):
         self._last_at = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.msg in _UNINTERESTING:
+            return
         text = f"{record.name}: {record.getMessage()}"
         if text == self._last and record.created - self._last_at < _SAME_LINE_SECONDS:
             return

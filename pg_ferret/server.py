@@ -120,6 +120,7 @@ class Worker:
         keeper.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(pool.close(), 1.0)
+        self._next_beat.cancel()
         self._services.cursors.close()
 
     def _trouble(self, text: str) -> None:
@@ -323,7 +324,7 @@ class Worker:
 
     def _beat(self) -> None:
         """Tell that the loop turns, and what it has done."""
-        self._loop.call_later(_BEAT_SECONDS, self._beat)
+        self._next_beat = self._loop.call_later(_BEAT_SECONDS, self._beat)
         self._slot.beat()
         services = self._services
         counters, engine = services.counters, services.engine

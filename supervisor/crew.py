@@ -122,10 +122,9 @@ class Crew:
                 seat.process.outdated = True
 
     def give(self, orders: Orders) -> None:
-        """New orders, for the workers there are and for those to come."""
+        """New orders, for the workers there are and for those to come; `step` passes them on."""
         self.orders = orders
         self._untold = set(self._controls)
-        self._tell()
 
     def retry_now(self) -> None:
         """Forget every wait: whoever changed the configuration may have mended what was wrong."""
@@ -290,10 +289,11 @@ class Crew:
         """Send the orders to those who don't have them; a full control socket is tried again next round."""
         if not self._untold or self.orders is None:
             return
-        draining = {seat.slot for seat in self.seats if seat.process and seat.process.draining is not None}
+        # Those who leave must neither begin to accept again nor take a larger part of the connections.
+        leaving = {seat.slot for seat in self.seats if seat.process and seat.process.draining is not None}
+        self._untold -= leaving
         for index in sorted(self._untold):
-            # One that is leaving must not begin to accept again.
-            listeners = {} if index in draining else self.orders.listeners
+            listeners = self.orders.listeners
             message = self.orders.message(list(listeners))
             descriptors = [sock.fileno() for sock in listeners.values()]
             try:

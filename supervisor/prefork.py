@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import select
 import signal
 import socket
@@ -175,56 +176,90 @@ class Supervisor:
         log.configure(self._channel.socket, new.settings.log_level, "supervisor")
         self._config = self._with_state_dir(new)
         settings = self._config.settings
-        self._check_numbers(settings)
-        self.listeners.want(wanted_addresses(settings) if settings.enabled else [], settings.unix_socket_permissions)
-        self.crew.give(Orders(self._config, self.listeners.sockets))
+        self._check(settings, new.server.max_connections)
+        self._prepare()
+        self._listen()
         self.crew.retry_now()
-        self._look_at_state = True
         self._retry_at = self._system.clock()
 
-    def _check_numbers(self, settings: Settings) -> None:
-        """Values that are fine by themselves and cannot be in force together."""
-        count = settings.worker_count()
-        self._problems.solved("workers")
-        self._problems.solved("pool_max_conns")
-        if settings.workers > settings.max_workers:
-            text = f"ferretdb.workers: {settings.workers} are more than ferretdb.max_workers ({settings.max_workers})"
-            self._problems.set("workers", text, "ferretdb.max_workers takes a restart")
-        if settings.pool_max_conns < count:
-            text = (
-                f"ferretdb.pool_max_conns: {settings.pool_max_conns} are fewer than workers, each needs one ({count})"
-            )
-            self._problems.set("pool_max_conns", text, "lower ferretdb.workers or raise ferretdb.pool_max_conns")
+    def _listen(self) -> None:
+        """Accept where the settings say, if there are workers to do it: a client must not wait for nobody."""
+        settings = self._config.settings
+        serving = settings.enabled and self._prepared
+        self.listeners.want(wanted_addresses(settings) if serving else [], settings.unix_socket_permissions)
+        self.crew.give(Orders(self._config, self.listeners.sockets))
+
+    def _check(self, settings: Settings, max_connections: int) -> None:
+        """Values that are fine by themselves and cannot be in force."""
+        workers, most = settings.worker_count(), settings.pool_max_conns
+        found = {
+            "workers": (
+                settings.workers > settings.max_workers,
+                f"ferretdb.workers: {settings.workers} are more than ferretdb.max_workers ({settings.max_workers})",
+                "ferretdb.max_workers takes a restart",
+            ),
+            "pool_max_conns": (
+                not workers <= most <= max_connections,
+                f"ferretdb.pool_max_conns: {most} are fewer than workers, each needs one ({workers})"
+                if most < workers
+                else f"ferretdb.pool_max_conns: {most} are more than max_connections ({max_connections})",
+                "lower ferretdb.workers or raise ferretdb.pool_max_conns"
+                if most < workers
+                else "each worker has its part of what PostgreSQL allows",
+            ),
+            "pool_min_conns": (
+                settings.pool_min_conns > most,
+                f"ferretdb.pool_min_conns: {settings.pool_min_conns} are more than ferretdb.pool_max_conns ({most})",
+                "ferretdb.pool_max_conns is in force for both",
+            ),
+            "python": (
+                not os.access(settings.python, os.X_OK),
+                f'ferretdb.python: cannot execute "{settings.python}"',
+                "the running supervisor goes on; the next one could not start",
+            ),
+        }
+        for name, (wrong, text, hint) in found.items():
+            if wrong:
+                self._problems.set(name, text, hint, getattr(settings, name))
+            else:
+                self._problems.solved(name)
 
     def _with_state_dir(self, new: Config) -> Config:
         """``new``, but with the running state_dir while workers share it: half of them must not move elsewhere."""
         running = self._config.settings.state_dir
-        self._problems.solved("state_dir")
-        if new.settings.state_dir == running:
-            return new
-        if not self.crew.alive:
-            self._prepared = False
+        if new.settings.state_dir == running or not self.crew.alive:
+            self._prepared &= new.settings.state_dir == running
+            self._problems.solved("state_dir")
             return new
         text = "ferretdb.state_dir: a change takes effect when the workers are gone"
         hint = "restart PostgreSQL, or reload with ferretdb.enabled = off and then on"
-        self._problems.set("state_dir", text, hint)
+        self._problems.set("state_dir", text, hint, new.settings.state_dir)
         return new.model_copy(update={"settings": new.settings.model_copy(update={"state_dir": running})})
 
     def _retry(self, now: float) -> None:
         """What failed and may work by now."""
         self._retry_at = now + RETRY_SECONDS
         if self._look_at_state or not self._prepared:
-            try:
-                place = self._gateway.prepare(self._config).stat()
-            except Exception as error:  # whatever it is, PostgreSQL must go on and the DBA must see it
-                self._problems.set("prepare", str(error))
-            else:
-                self._problems.solved("prepare")
-                self._prepared = True
-                self._look_at_state = False
-                self._share((place.st_dev, place.st_ino))
+            before = self._prepared
+            self._prepare()
+            if self._prepared and not before:
+                self._listen()
         if self.listeners.problems and self.listeners.retry():
             self.crew.give(Orders(self._config, self.listeners.sockets))
+
+    def _prepare(self) -> None:
+        """Have the directory that the workers share."""
+        try:
+            place = self._gateway.prepare(self._config).stat()
+        except Exception as error:  # whatever it is, PostgreSQL must go on and the DBA must see it
+            hint = "the server's user must be able to write there"
+            self._problems.set("prepare", str(error), hint, self._config.settings.state_dir)
+            self._look_at_state = True
+        else:
+            self._problems.solved("prepare")
+            self._prepared = True
+            self._look_at_state = False
+            self._share((place.st_dev, place.st_ino))
 
     def _share(self, place: tuple[int, int]) -> None:
         """The workers' shared directory is there; somebody may have removed the one they began with."""
@@ -255,6 +290,8 @@ class Supervisor:
     def _state(self) -> State:
         if self._exit:
             return State.STOPPING
+        if "prepare" in self._problems and not self._prepared and self._config.settings.enabled:
+            return State.FAILED
         seats = [seat for seat in self.crew.seats if seat.serving]
         if not self._config.settings.enabled or any(seat.process and seat.process.ready for seat in seats):
             return State.READY
@@ -270,7 +307,7 @@ class Supervisor:
 
     def _setting_errors(self) -> list[SettingError]:
         """What is not in force as it was written: refused by PostgreSQL, refused here, or not possible now."""
-        found = [_setting_error(text, "") for text in self._problems.texts]
+        found = [_setting_error(text, value) for text, value in self._problems.values]
         found += [_setting_error(str(error), address) for address, error in self.listeners.problems.items()]
         return [*self._config.server.setting_errors, *filter(None, found)]
 

@@ -26,22 +26,33 @@ class Problems:
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
+        self._values: dict[str, str] = {}
         self._logged: dict[str, str] = {}
 
-    def set(self, subject: str, text: str, hint: str | None = None) -> None:
-        """``subject`` has the problem ``text``, which names the setting."""
+    def set(self, subject: str, text: str, hint: str = "", value: object = "") -> None:
+        """``subject`` has the problem ``text``, which begins with the setting whose ``value`` is not in force."""
         if self._logged.get(subject) != text:
-            logger.warning(text, hint=hint)
+            logger.warning(text, **({"hint": hint} if hint else {}))
         self._texts[subject] = self._logged[subject] = text
+        self._values[subject] = str(value)
 
     def solved(self, subject: str) -> None:
         """``subject`` has no problem (any more)."""
         self._texts.pop(subject, None)
+        self._logged.pop(subject, None)
+
+    def __contains__(self, subject: str) -> bool:
+        return subject in self._texts
 
     @property
     def texts(self) -> list[str]:
         """All there are."""
         return list(self._texts.values())
+
+    @property
+    def values(self) -> list[tuple[str, str]]:
+        """Text and value of each."""
+        return [(text, self._values[subject]) for subject, text in self._texts.items()]
 
 
 class Reporter:

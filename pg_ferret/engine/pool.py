@@ -351,6 +351,7 @@ class Pool:
         """The server closed a connection: it must serve nobody, and psycopg_pool opens another."""
         if self._unheeding and not self._heeds(backend):
             return
+        _log.info("PostgreSQL has closed a connection", backend_pid=backend.pid)
         if backend in self._idle:
             self._idle.remove(backend)
         self._spawn(self._give_back(backend))

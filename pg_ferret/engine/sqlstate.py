@@ -15,7 +15,7 @@ TROUBLE: Final = frozenset({1, 6, 91, 14031})
 WHOLE_COMMAND: Final = frozenset({1, 13, 24, 50, 112})
 
 EXTENSION_MISSING = (
-    "the DocumentDB extension is not installed in PostgreSQL's database yet; see the message column of ferretdb.status"
+    "documentdb and pg_ferret are not both installed as extensions in ferretdb.database; see ferretdb.status"
 )
 _UNKNOWN_FIELD = ("is an unknown field", "is not a recognized field")
 # SQLSTATE -> code; None as text: the engine's message is fit for clients.

@@ -43,6 +43,10 @@ def main() -> int:
         arguments.json.write_text(report.as_json(results, facts))
     if arguments.page:
         arguments.page.write_text(report.page(results, facts))
+    if not results:
+        names = "\n  ".join(item.name for item in FAULTS)
+        print(f"no fault has {arguments.only!r} in its name:\n  {names}")
+        return 2
     missed = [result.fault.name for result in results if result.problems]
     print(f"{len(results)} faults in {facts['seconds']} s; missed: {', '.join(missed) or 'none'}")
     return 1 if missed else 0

@@ -18,7 +18,7 @@ import pytest
 from pymongo import MongoClient
 from pymongo.errors import NotPrimaryError, PyMongoError
 
-from dev.cluster import Cluster, ClusterError, free_port, port_is_free, wait_for
+from dev.cluster import Cluster, ClusterError, answers_hello, free_port, port_is_free, wait_for
 from tests.integration.conftest import CLIENT_OPTIONS
 
 Document = dict[str, Any]
@@ -325,3 +325,49 @@ def test_reads_do_not_wait_behind_a_connection_that_stands_still(new_cluster: Ne
                     assert list(pool.map(read, range(40))) == [number % 10 for number in range(40)]
                 finally:
                     os.kill(int(pid or 0), signal.SIGCONT)
+
+
+def test_how_a_supervisor_ended_is_told_truly(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    os.kill(int(cluster.status()[0]["pid"] or 0), signal.SIGTERM)
+    wait_for(lambda: cluster.status()[0]["restarts"] == "1" and cluster.status()[0]["state"] == "ready")
+    assert cluster.status()[0]["last_exit"] == "exit 0"
+
+
+def test_there_is_nothing_to_restart_without_workers(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    assert cluster.psql("select ferretdb.restart_workers()") == [("t",)]
+    cluster.configure(ferretdb__enabled="off")
+    wait_for(lambda: len(cluster.status()) == 1)
+    with pytest.raises(ClusterError, match="pg_ferret has no workers to restart"):
+        cluster.psql("select ferretdb.restart_workers()")
+
+
+def test_without_its_state_nobody_is_made_to_wait(new_cluster: NewCluster) -> None:
+    """Clients are refused rather than accepted by a socket that no worker serves."""
+    cluster = new_cluster()
+    cluster.configure(ferretdb__enabled="off")
+    wait_for(lambda: len(cluster.status()) == 1)
+    cluster.configure(ferretdb__enabled="on", ferretdb__state_dir="/proc")
+    wait_for(lambda: cluster.status()[0]["state"] == "failed")
+    assert "ferretdb.state_dir: /proc" in str(cluster.status()[0]["message"])
+    assert cluster.psql("select name, setting from ferretdb.settings_errors") == [("ferretdb.state_dir", "/proc")]
+    assert port_is_free(cluster.port)
+    cluster.configure(ferretdb__state_dir="")
+    wait_for(lambda: not port_is_free(cluster.port) and answers_hello(cluster.port))
+
+
+def test_fewer_workers_do_not_take_more_connections(new_cluster: NewCluster) -> None:
+    """Those who leave must not take a larger part of the connections on their way."""
+    cluster = new_cluster(**{"ferretdb.workers": "12", "ferretdb.pool_min_conns": "24", "max_connections": "60"})
+    gateway = "select count(*) from pg_stat_activity where application_name = 'pg_ferret'"
+    wait_for(lambda: int(cluster.psql(gateway)[0][0] or 0) == 24)
+    cluster.configure(ferretdb__workers="2")
+    most = 0
+    deadline = time.monotonic() + 10
+    while len(cluster.status()) > 3 and time.monotonic() < deadline:
+        most = max(most, int(cluster.psql(gateway)[0][0] or 0))
+    assert len(cluster.status()) == 3
+    # What the two that stay have more, those who leave may still have for a moment.
+    assert most <= 24 + 2 * 12
+    assert "too many clients" not in cluster.log

@@ -295,7 +295,7 @@ def test_what_is_wrong_with_the_settings_is_sent_when_it_changes(world: World) -
 
     assert errors() == [b""]
     world.configure(workers="9", max_workers="8")
-    assert errors() == [b"ferretdb.workers\0\0" + b"9 are more than ferretdb.max_workers (8)\0"]
+    assert errors() == [b"ferretdb.workers\0" + b"9\0" + b"9 are more than ferretdb.max_workers (8)\0"]
     world.turn(1)
     assert errors() == []
     world.configure(workers="2")
