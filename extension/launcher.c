@@ -71,13 +71,15 @@
  * do, empty if a standby has to wait for its primary.  Looking first, a start
  * writes no WAL.  PostGIS can't be created in pg_catalog, our search_path.
  */
+/* DocumentDB's planner looks into its schemas for everybody's queries: without the grant pg_monitor could run none. */
 #define NEXT_STEP_SQL \
 	"SELECT CASE" \
 	" WHEN ferret IS NOT NULL AND ferret = '" PG_FERRET_VERSION "' AND documentdb IS NOT NULL THEN NULL" \
 	" WHEN pg_is_in_recovery() THEN ''" \
 	" WHEN ferret IS NULL THEN 'CREATE EXTENSION pg_ferret VERSION ''" PG_FERRET_VERSION "'''" \
 	" WHEN ferret <> '" PG_FERRET_VERSION "' THEN 'ALTER EXTENSION pg_ferret UPDATE TO ''" PG_FERRET_VERSION "'''" \
-	" ELSE 'SET LOCAL search_path = public; CREATE EXTENSION documentdb CASCADE' END" \
+	" ELSE 'SET LOCAL search_path = public; CREATE EXTENSION documentdb CASCADE;" \
+	" GRANT USAGE ON SCHEMA documentdb_core, documentdb_api_internal, documentdb_api_catalog TO pg_monitor' END" \
 	" FROM (SELECT max(extversion) FILTER (WHERE extname = 'pg_ferret') AS ferret," \
 	"  max(extversion) FILTER (WHERE extname = 'documentdb') AS documentdb FROM pg_extension) AS installed"
 

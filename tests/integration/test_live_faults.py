@@ -334,6 +334,16 @@ def test_how_a_supervisor_ended_is_told_truly(new_cluster: NewCluster) -> None:
     assert cluster.status()[0]["last_exit"] == "exit 0"
 
 
+def test_monitors_read_what_they_need_and_change_nothing(cluster: Cluster) -> None:
+    as_monitor = "begin; create role watcher in role pg_monitor; set local role watcher;"
+    counted = cluster.psql(f"{as_monitor} select count(*) from ferretdb.status where kind = 'worker'; rollback")
+    assert counted == [("4",)]
+    assert cluster.psql(f"{as_monitor} select name from ferretdb.settings_errors order by 1; rollback") == []
+    assert cluster.psql(f"{as_monitor} select count(*) > 0 from pg_stat_activity where pid > 1; rollback") == [("t",)]
+    with pytest.raises(ClusterError, match="permission denied for function restart_workers"):
+        cluster.psql(f"{as_monitor} select ferretdb.restart_workers()")
+
+
 def test_there_is_nothing_to_restart_without_workers(new_cluster: NewCluster) -> None:
     cluster = new_cluster()
     assert cluster.psql("select ferretdb.restart_workers()") == [("t",)]
