@@ -154,7 +154,8 @@ def _account(item: Fault, rounds: int, stage: Stage, before: Resources, started:
     problems = [*stage.problems, *stage.load.wrong[:3]]
     unexpected = {code: count for code, count in failed.items() if code not in item.failures}
     if unexpected:
-        problems.append(f"unexpected failures: {unexpected}")
+        told = [line for line in stage.cluster.log.splitlines() if "the engine failed" in line]
+        problems.append(f"unexpected failures: {unexpected}; {' | '.join(told[:3])}")
     if lost:
         problems.append(f"{lost} acknowledged writes lost")
     if orphans:
