@@ -95,7 +95,7 @@ FULL = Plan(
         find_beside=(64,),
         connect=(16,),
     ),
-    rounds=3,
+    rounds=5,
     seconds=2.0,
     idle=10_000,
     cursors=100_000,

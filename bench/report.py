@@ -1,15 +1,17 @@
 """Turns the JSON of a run into a table and a plot.
 
 ``python3 -m bench.report FILE`` prints the table; with a folder as second argument it also writes performance.json,
-performance.svg and, between its two markers, performance.md there. Each figure is of the quietest of its rounds.
+performance.svg and, between its two markers, performance.md there. Each figure is the median of its rounds.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ _COLORS = {"pg_ferret": "#2563eb", "FerretDB": "#d97706", "pgbench": "#6b7280"}
 
 @dataclass(frozen=True)
 class Cell:
-    """The figures of one target at one point, from its quietest round. Times in microseconds."""
+    """The figures of one target at one point, each the median of its rounds. Times in microseconds."""
 
     rate: float
     p50: float
@@ -51,16 +53,18 @@ def _cell(samples: list[dict[str, Any]]) -> Cell:
     errors = sum(sample["errors"] for sample in samples)
     if not (good := [sample for sample in samples if sample["ops"]]):
         return Cell(0, 0, 0, 0, 0, 0, 0, errors, error)
-    quiet = min(good, key=_disturbance)
-    ops = quiet["ops"]
+
+    def middle(figure: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(map(figure, good))
+
     return Cell(
-        rate=ops / quiet["seconds"],
-        p50=quiet["p50"],
-        p99=quiet["p99"],
-        p999=quiet["p999"],
-        gateway=quiet["gateway_cpu"] / ops * 1e6,
-        postgres=quiet["postgres_cpu"] / ops * 1e6,
-        others=_disturbance(quiet),
+        rate=middle(lambda sample: sample["ops"] / sample["seconds"]),
+        p50=middle(lambda sample: sample["p50"]),
+        p99=middle(lambda sample: sample["p99"]),
+        p999=middle(lambda sample: sample["p999"]),
+        gateway=middle(lambda sample: sample["gateway_cpu"] / sample["ops"] * 1e6),
+        postgres=middle(lambda sample: sample["postgres_cpu"] / sample["ops"] * 1e6),
+        others=middle(_disturbance),
         errors=errors,
         error=error,
     )
@@ -75,8 +79,7 @@ def table(run: dict[str, Any]) -> str:
     """The Markdown between the markers."""
     versions = "; ".join(f"{name} {version}" for name, version in run["versions"].items())
     lines = [
-        f"`{run['command']}` on {run['date']}: {run['rounds']} rounds of {run['seconds']:g} s per figure, of"
-        " which the one counts in which other programs took least CPU.",
+        f"`{run['command']}` on {run['date']}: medians of {run['rounds']} rounds of {run['seconds']:g} s.",
         f"{run['machine']['cpu']}, {run['machine']['memory']}, {run['machine']['system']}; the load generator runs on"
         " the same machine.",
         f"{versions}.",
