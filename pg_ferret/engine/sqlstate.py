@@ -74,7 +74,7 @@ def translate(sqlstate: str, message: str) -> tuple[int, str]:
         return code, message
     if sqlstate == "57014" and "statement timeout" in message:
         return 50, "operation exceeded time limit"
-    if sqlstate[:2] == "08":
+    if sqlstate[:2] == "08" or (sqlstate == "XX000" and message.startswith("postmaster was shut down")):
         return 91, "PostgreSQL lost a connection of its own"
     known = _TABLE.get(sqlstate)
     if known is None:

@@ -38,6 +38,12 @@ def test_known_states(state: str, code: int, name: str) -> None:
     assert codes.name(code) == name
 
 
+def test_an_engine_whose_own_connection_fails_is_away() -> None:
+    text = "postmaster was shut down while establishing libpq connection, exiting"
+    assert sqlstate.translate("XX000", text)[0] == 91
+    assert sqlstate.translate("08006", "server closed the connection")[0] == 91
+
+
 def test_a_document_that_is_too_large_has_a_code_of_its_own() -> None:
     assert sqlstate.translate("M0001", "Size 16777240 is larger than MaxDocumentSize 16777216")[0] == 10334
 
