@@ -55,12 +55,20 @@ class Backend(Pipeline):
         """Whether the call can be made without preparing it."""
         return call.name in self._prepared
 
-    def execute(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> asyncio.Future[Row]:
-        """Send one call, bounded by ``timeout_ms`` if given; the future gets the first row of its result.
+    def execute(
+        self,
+        call: Call,
+        params: Params,
+        timeout_ms: bytes | None = None,
+        waiter: asyncio.Future[Row] | None = None,
+    ) -> asyncio.Future[Row]:
+        """Send one call, bounded by ``timeout_ms`` if given; the future (a new one by default) gets the first row.
 
         The future raises EngineError when PostgreSQL refuses, EngineLostError when the connection ends.
         """
-        self._waiter = waiter = self._loop.create_future()
+        if waiter is None:
+            waiter = self._loop.create_future()
+        self._waiter = waiter
         if self.lost:
             self._fail()
             return waiter

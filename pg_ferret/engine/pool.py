@@ -8,6 +8,7 @@ free waits in line, for at most ``ferretdb.query_wait_timeout``.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
@@ -35,6 +36,8 @@ _GIVEN_BACK_SECONDS = 1.0
 _CLOSE_SECONDS = 0.5
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
 _INSTALLING_SECONDS = 5.0
+# How often somebody looks after the requests that wait for a connection.
+_LOOK_SECONDS = 0.05
 _log = structlog.get_logger()
 
 
@@ -43,6 +46,22 @@ class _Unheeding(NamedTuple):
 
     text: str
     since: datetime
+
+
+class _Request:
+    """A call that waits for a connection."""
+
+    __slots__ = ("call", "deadline", "params", "started", "timeout_ms", "waiter")
+
+    def __init__(
+        self, call: Call, params: Params, timeout_ms: bytes | None, waiter: asyncio.Future[Row], deadline: float
+    ) -> None:
+        self.call = call
+        self.params = params
+        self.timeout_ms = timeout_ms
+        self.waiter = waiter
+        self.deadline = deadline  # on the loop's clock; infinity: it waits for ever
+        self.started = 0.0  # when it got its connection
 
 
 class Pool:
@@ -59,7 +78,8 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._idle: list[Backend] = []
         self._all: set[Backend] = set()
-        self._waiting: deque[asyncio.Future[Backend]] = deque()
+        self._waiting: deque[_Request] = deque()
+        self._watching = False  # whether anybody looks after those who wait
         self._growing = 0
         self._reachable = True
         self._open = False
@@ -153,7 +173,7 @@ class Pool:
         """
         if self._idle:
             return self._idle.pop().execute(call, params, timeout_ms)
-        return self._call_later(call, params, timeout_ms)
+        return self._wait(call, params, timeout_ms).waiter
 
     def share(self, read: Shared) -> Awaitable[Row]:
         """As `call`, for reads: those whose shape has been cheap lately share one connection."""
@@ -163,16 +183,18 @@ class Pool:
         return self._measured(read)
 
     async def _measured(self, read: Shared) -> Row:
-        backend = self._idle.pop() if self._idle else await self._next()
-        while backend.lost:  # in the moment between the two
-            backend = await self._next()
-        started = self._loop.time()
-        row = await backend.execute(read.call, read.params)
+        if self._idle:
+            started = self._loop.time()
+            row = await self._idle.pop().execute(read.call, read.params)
+        else:
+            request = self._wait(read.call, read.params, None)
+            row = await request.waiter
+            started = request.started
         self._costs.note(read.shape, self._loop.time() - started)
         if self._line is None and self._line_wanted is None:
             self._line_wanted = read.call
-            if backend in self._idle and self._becomes_line(backend):
-                self._idle.remove(backend)
+            if self._idle and self._becomes_line(self._idle[-1]):
+                self._idle.pop()
         return row
 
     def _becomes_line(self, backend: Backend) -> bool:
@@ -217,12 +239,6 @@ class Pool:
             if not waiter.done():
                 waiter.set_result(row)
 
-    async def _call_later(self, call: Call, params: Params, timeout_ms: bytes | None) -> Row:
-        backend = await self._next()
-        while backend.lost:  # in the moment between the two
-            backend = await self._next()
-        return await backend.execute(call, params, timeout_ms)
-
     def abandon(self, request: str) -> None:
         """Cancel the calls for which nobody waits any more; ``request`` tells what they were made for."""
         for task, waiter in self._elsewhere_now.items():
@@ -233,39 +249,37 @@ class Pool:
                 backend.held = True  # now: before the task begins, the call may end and the next one be given it
                 self._spawn(self._recover(backend, request))
 
-    async def _next(self) -> Backend:
-        """The connection that comes free for us."""
-        waiter = self._wait()
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-            elif not waiter.cancelled() and waiter.exception() is None:
-                self._release(waiter.result())  # it came in the same moment as the cancellation
-            raise
-
-    def _wait(self) -> asyncio.Future[Backend]:
-        waiter: asyncio.Future[Backend] = self._loop.create_future()
-        self._waiting.append(waiter)
-        self._grow()
+    def _wait(self, call: Call, params: Params, timeout_ms: bytes | None) -> _Request:
+        """Have a call made on the next connection that comes free."""
         seconds = self._limits.wait_seconds if self._open else _INSTALLING_SECONDS
-        if seconds is not None:
-            timer = self._loop.call_later(seconds, self._give_up, waiter)
-            waiter.add_done_callback(lambda _: timer.cancel())
-        return waiter
+        deadline = math.inf if seconds is None else self._loop.time() + seconds
+        request = _Request(call, params, timeout_ms, self._loop.create_future(), deadline)
+        self._waiting.append(request)
+        self._grow()
+        if not self._watching:
+            self._watching = True
+            self._loop.call_later(_LOOK_SECONDS, self._look_after_waiting)
+        return request
 
-    def _give_up(self, waiter: asyncio.Future[Backend]) -> None:
-        if waiter.done():
-            return
-        self._waiting.remove(waiter)
-        if not self._open:
-            waiter.set_exception(CommandError(6, EXTENSION_MISSING))
-            return
-        # ExceededTimeLimit is in the drivers' list of retryable errors.
-        waiter.set_exception(
-            CommandError(262, "no PostgreSQL connection came free in time (ferretdb.query_wait_timeout)")
-        )
+    def _look_after_waiting(self) -> None:
+        """Those go whose time is up, and those for whom nobody waits any more."""
+        now = self._loop.time()
+        waiting = self._waiting
+        for _ in range(len(waiting)):
+            request = waiting.popleft()
+            if request.waiter.done():
+                continue
+            if request.deadline > now:
+                waiting.append(request)
+            elif self._open:
+                # ExceededTimeLimit is in the drivers' list of retryable errors.
+                text = "no PostgreSQL connection came free in time (ferretdb.query_wait_timeout)"
+                request.waiter.set_exception(CommandError(262, text))
+            else:
+                request.waiter.set_exception(CommandError(6, EXTENSION_MISSING))
+        self._watching = bool(waiting)
+        if waiting:
+            self._loop.call_later(_LOOK_SECONDS, self._look_after_waiting)
 
     def _release(self, backend: Backend) -> None:
         """A connection has come free."""
@@ -277,9 +291,10 @@ class Pool:
         if self._line_wanted is not None and self._becomes_line(backend):
             return
         while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(backend)
+            request = self._waiting.popleft()
+            if not request.waiter.done():
+                request.started = self._loop.time()
+                backend.execute(request.call, request.params, request.timeout_ms, request.waiter)
                 return
         backend.idle_ticks = 0
         self._idle.append(backend)

@@ -29,8 +29,9 @@ from pg_ferret.engine.pipeline import (
 )
 from pg_ferret.errors import EngineLostError
 
-# Seconds: what takes no longer is cheap; a line that stands still for longer takes nobody.
+# Seconds: what takes no longer is cheap; a line that stands still for longer, and as much for each read, takes nobody.
 CHEAP_SECONDS = 0.004
+_EACH_SECONDS = 0.0005
 # After so long those who wait are served elsewhere.
 STALL_SECONDS = 0.1
 _MOST_WAITING = 128
@@ -89,6 +90,7 @@ class SharedLine(Pipeline):
         "_call",
         "_costs",
         "_filling",
+        "_late",
         "_owner",
         "_scheduled",
         "_since",
@@ -103,6 +105,7 @@ class SharedLine(Pipeline):
         self._batches: deque[list[_Waiting]] = deque()  # on their way, the oldest first
         self._answered = 0  # reads of the oldest batch that have their answer
         self._since = 0.0  # when the server began with the oldest batch
+        self._late = 0.0  # from then on it takes too long
         self._scheduled = False
         self._watched = False
         super().__init__(conn, loop)
@@ -111,7 +114,7 @@ class SharedLine(Pipeline):
         """Whether a read may join."""
         if read.call is not self._call or not self._costs.cheap(read.shape) or len(self._filling) >= _MOST_WAITING:
             return False
-        return not self._batches or self._loop.time() - self._since <= CHEAP_SECONDS
+        return not self._batches or self._loop.time() <= self._late
 
     def add(self, read: Shared) -> asyncio.Future[Row]:
         """The future gets the first row of the result; it raises EngineError or EngineLostError."""
@@ -133,7 +136,7 @@ class SharedLine(Pipeline):
         if not self._filling:
             return
         if not self._batches:
-            self._since = self._loop.time()
+            self._begin(self._loop.time(), self._filling)
         if not self._watched:
             self._watched = True
             self._loop.call_later(STALL_SECONDS, self._watch)
@@ -145,6 +148,11 @@ class SharedLine(Pipeline):
             self._sync()
         except psycopg.Error:
             self._end()
+
+    def _begin(self, now: float, batch: list[_Waiting]) -> None:
+        """The server begins with a batch."""
+        self._since = now
+        self._late = now + CHEAP_SECONDS + len(batch) * _EACH_SECONDS
 
     def _take(self, result: pq.abc.PGresult) -> None:
         status = result.status
@@ -178,8 +186,9 @@ class SharedLine(Pipeline):
         """The server has done with a batch."""
         now = self._loop.time()
         seconds = (now - self._since) / len(batch)
-        self._since = now
-        if not self._batches:
+        if self._batches:
+            self._begin(now, self._batches[0])
+        else:
             self.busy = False
         if seconds > CHEAP_SECONDS:
             for read, _ in batch:  # one of them is to blame: each has to show anew what it costs
