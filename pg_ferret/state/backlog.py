@@ -70,7 +70,7 @@ class Backlog:
             self._shed()
 
     def tick(self) -> None:
-        """To be called every ``TICK_SECONDS``: disconnect those whose time is up."""
+        """To be called every ``TICK_SECONDS``: disconnect those whose time is up, or who have no room any more."""
         now = self._clock()
         late = []
         for client, hold in self._holds.items():
@@ -81,6 +81,8 @@ class Backlog:
             if hold.stuck and self.timeout and now - hold.moved >= self.timeout:
                 late.append(client)
         self._disconnect(late, "it stopped in the middle of a message or a reply (ferretdb.client_timeout)")
+        if self.held > self.limit:
+            self._shed()
 
     def _shed(self) -> None:
         """Make room, at the cost of those that hold much and have not moved for the longest."""

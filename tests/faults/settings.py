@@ -48,11 +48,12 @@ def change(value: str, *, cuts: bool = False) -> Callable[[Callable[[Stage], Non
 def apply(stage: Stage, item: Change) -> None:
     """Change the setting under load, see the effect, change it back; requests of the load must not fail."""
     before = stage.cluster.settings.get(f"ferretdb.{item.name}")
+    shown = f"select setting from pg_settings where name = 'ferretdb.{item.name}'"
+    old = stage.sql(shown)
     started = time.monotonic()
     stage.configure(**{item.name: _value(stage, item)})
-    shown = f"select 1 from pg_settings where name = 'ferretdb.{item.name}' and source = 'configuration file'"
     try:
-        stage.until(lambda: stage.sql(shown), "pg_settings shows it")
+        stage.until(lambda: stage.sql(shown) != old, "pg_settings shows it")
         item.effect(stage)
     finally:  # the next one must not suffer from it
         if before is None:
@@ -77,6 +78,11 @@ def _worker_settings(stage: Stage, name: str) -> set[str]:
             options = client.admin.command("getCmdLineOpts")
         found.add(str(options["parsed"]["setParameter"][f"ferretdb.{name}"]))
     return found
+
+
+def _until_known(stage: Stage, name: str, value: str) -> None:
+    """Wait for the workers: pg_settings shows a new value some milliseconds before they are told of it."""
+    stage.until(lambda: _worker_settings(stage, name) == {value}, "all workers know it")
 
 
 @change("off", cuts=True)
@@ -155,11 +161,12 @@ def pool_max_conns(stage: Stage) -> None:
 
 @change("20s")
 def query_wait_timeout(stage: Stage) -> None:
-    stage.until(lambda: _worker_settings(stage, "query_wait_timeout") == {"20000"}, "all workers know it")
+    _until_known(stage, "query_wait_timeout", "20000")
 
 
 @change("1s")
 def client_timeout(stage: Stage) -> None:
+    _until_known(stage, "client_timeout", "1000")
     with ExitStack() as stack:
         half = raw.client(stage, stack)
         half.sendall(raw.FIND[:30])
@@ -168,6 +175,7 @@ def client_timeout(stage: Stage) -> None:
 
 @change("64MB")
 def client_memory(stage: Stage) -> None:
+    _until_known(stage, "client_memory", "64")
     with ExitStack() as stack:
         halves = [raw.client(stage, stack) for _ in range(6)]
         for half in halves:
@@ -179,6 +187,7 @@ def client_memory(stage: Stage) -> None:
 
 @change("1s")
 def cursor_timeout(stage: Stage) -> None:
+    _until_known(stage, "cursor_timeout", "1000")
     with MongoClient[Document](stage.cluster.uri, **OPTIONS) as client:
         page = client[DATABASE].command({"find": "rows", "batchSize": 1})
 
@@ -212,7 +221,7 @@ def graceful_timeout(stage: Stage) -> None:
 
 @change("debug")
 def log_level(stage: Stage) -> None:
-    stage.until(lambda: _worker_settings(stage, "log_level") == {"debug"}, "all workers know it")
+    _until_known(stage, "log_level", "debug")
 
 
 @change("/usr/bin/python3.14", cuts=True)

@@ -67,6 +67,15 @@ def test_a_newcomer_goes_itself_if_the_others_are_being_served(rig: Rig) -> None
     assert rig.backlog.held == 900
 
 
+def test_a_lower_limit_holds_for_those_who_are_there(rig: Rig) -> None:
+    old, new = Holder(), Holder()
+    for rig.now, holder in (1.0, old), (2.0, new):
+        rig.backlog.hold(holder, 400, stuck=True)
+    rig.backlog.limit = 500
+    rig.backlog.tick()
+    assert (old.aborted, new.aborted, rig.backlog.held) == (True, False, 400)
+
+
 def test_who_stands_still_goes(rig: Rig) -> None:
     half, moving, served = Holder(), Holder(), Holder()
     for client, stuck in ((half, True), (moving, True), (served, False)):
