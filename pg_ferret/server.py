@@ -45,6 +45,7 @@ _CONTROL_BYTES = 1 << 18
 _MAX_LISTENERS = 250
 _REFUSAL_LOG_SECONDS = 5.0
 _MANY_CLIENTS = 256
+_TRIM_SECONDS = 30.0
 _NO_DESCRIPTORS = "too many connections for the limit of file descriptors (ulimit -n)"
 # Beside clients and the pool: the loop's own, the registry, listeners old and new, clients that are being refused.
 _KEPT_DESCRIPTORS = 64 + WAITING_AT_MOST
@@ -85,6 +86,7 @@ class Worker:
         self._number = 0
         self._most_clients = 0
         self._peak = 0  # clients at a time, since memory was given back
+        self._trim_at = 0.0  # on the loop's clock: when memory is given back at the latest
         self._refusal_told = -_REFUSAL_LOG_SECONDS
         self._stop = asyncio.Event()
         self._fast = asyncio.Event()
@@ -358,11 +360,13 @@ class Worker:
             self._move(self._balance.excess())
 
     def _give_back(self) -> None:
-        """Memory of clients that are gone goes back to the system; glibc alone would keep it for the next ones."""
+        """Memory of past peaks goes back to the system: glibc alone would keep it for the next ones."""
         count = len(self._clients)
         self._peak = max(self._peak, count)
-        if self._peak - count >= _MANY_CLIENTS:
+        now = self._loop.time()
+        if self._peak - count >= _MANY_CLIENTS or now >= self._trim_at:
             self._peak = count
+            self._trim_at = now + _TRIM_SECONDS
             _libc.malloc_trim(0)
 
 
