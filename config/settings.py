@@ -109,6 +109,13 @@ class Settings(BaseModel, frozen=True):
         Field(ge=1, le=10_000),
         Guc("Connections to PostgreSQL allowed, all workers together; each worker has at least one."),
     ] = 40
+    batch_scheduling: Annotated[
+        bool,
+        Guc(
+            "Schedules workers and their connections to PostgreSQL as batch work, which waits until a processor is free"
+            " instead of interrupting others: more requests per second where these are the machine's main load."
+        ),
+    ] = True
     query_wait_timeout: Annotated[
         int,
         Field(ge=0, le=DAY),

@@ -10,6 +10,7 @@ static int ferret_max_requests_jitter;
 static int ferret_max_connections;
 static int ferret_pool_min_conns;
 static int ferret_pool_max_conns;
+static bool ferret_batch_scheduling;
 static int ferret_query_wait_timeout;
 static int ferret_client_timeout;
 static int ferret_client_memory;
@@ -134,6 +135,14 @@ define_settings(void)
 		40,
 		1,
 		10000,
+		PGC_SIGHUP,
+		0,
+		NULL, NULL, NULL);
+	DefineCustomBoolVariable("ferretdb.batch_scheduling",
+		"Schedules workers and their connections to PostgreSQL as batch work, which waits until a processor is free instead of interrupting others: more requests per second where these are the machine's main load.",
+		NULL,
+		&ferret_batch_scheduling,
+		true,
 		PGC_SIGHUP,
 		0,
 		NULL, NULL, NULL);

@@ -26,6 +26,7 @@ from pg_ferret import log
 from pg_ferret.connection import Connection, start
 from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.pool import TICK_SECONDS, Pool
+from pg_ferret.engine.scheduling import schedule
 from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Adopter, Balance, Listener
 from pg_ferret.refusal import WAITING_AT_MOST, Refusal
@@ -311,6 +312,7 @@ class Worker:
         account = self._services.backlog
         account.timeout = settings.client_timeout / 1000
         account.limit = (settings.client_memory << 20) // settings.worker_count()
+        schedule(0, batch=settings.batch_scheduling)
         # Some descriptors are kept back, so that a client too many can be told and PostgreSQL be reached.
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_clients = descriptors - _KEPT_DESCRIPTORS - pool_limits(config).largest

@@ -19,6 +19,7 @@ class Limits:
     smallest: int  # connections kept open
     largest: int  # connections never exceeded
     wait_seconds: float | None  # how long a request may wait for one; None: for ever
+    batch: bool = False  # whether the kernel schedules them as batch work
 
 
 def pool_limits(config: Config) -> Limits:
@@ -29,7 +30,7 @@ def pool_limits(config: Config) -> Limits:
     largest = max(1, min(settings.pool_max_conns, server.max_connections - reserved) // workers)
     smallest = min(largest, -(-settings.pool_min_conns // workers))
     wait = settings.query_wait_timeout / 1000 if settings.query_wait_timeout else None
-    return Limits(smallest, largest, wait)
+    return Limits(smallest, largest, wait, settings.batch_scheduling)
 
 
 def conninfo(config: Config) -> str:

@@ -22,6 +22,7 @@ from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
+from pg_ferret.engine.scheduling import schedule
 from pg_ferret.engine.shared import Costs, Owner, Shared, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.errors import CommandError
@@ -152,6 +153,10 @@ class Pool:
 
     async def resize(self, limits: Limits) -> None:
         """Live under new limits; connections above them go when they are next idle."""
+        if limits.batch != self._limits.batch:
+            for pipeline in (*self._all, *self._unheeding, self._line):
+                if pipeline is not None:
+                    schedule(pipeline.pid, batch=limits.batch)
         self._limits = limits
         if not self._open:
             return
@@ -359,6 +364,7 @@ class Pool:
             self._reachable = True
             _log.info("connected to PostgreSQL again")
         backend = Backend(connection, self._loop, self._release, self._ended)
+        schedule(backend.pid, batch=self._limits.batch)
         self._all.add(backend)
         self._release(backend)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -157,6 +158,16 @@ def pool_min_conns(stage: Stage) -> None:
 @change("2")
 def pool_max_conns(stage: Stage) -> None:
     stage.until(lambda: len(stage.backends()) <= 2, "one connection is left to each worker")
+
+
+@change("off")
+def batch_scheduling(stage: Stage) -> None:
+    def policies() -> set[int]:
+        return {os.sched_getscheduler(pid) for pid in (*stage.pids()[1:], *stage.backends())}
+
+    stage.until(lambda: policies() == {os.SCHED_OTHER}, "all are scheduled ordinarily")
+    stage.configure(batch_scheduling="on")
+    stage.until(lambda: policies() == {os.SCHED_BATCH}, "all are scheduled as batch work")
 
 
 @change("20s")

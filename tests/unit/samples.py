@@ -20,6 +20,7 @@ SETTINGS = {
     "unix_socket_permissions": "0700",
     "pool_min_conns": "4",
     "pool_max_conns": "40",
+    "batch_scheduling": "on",
     "query_wait_timeout": "30000",
     "max_connections": "10000",
     "cursor_timeout": "600000",
