@@ -327,8 +327,7 @@ def _broken_start(stage: Stage, told: str, **broken: str) -> None:
     """The supervisor cannot start with these settings: one clear line, PostgreSQL unaffected; then they are mended."""
     good = {name: stage.cluster.settings.get(f"ferretdb.{name}") for name in broken}
     stage.configure(**broken)
-    kill(stage.supervisor())
-    stage.until(lambda: told in stage.message(), f"status tells of it: {told}")
+    stage.supervisor_anew(lambda: told in stage.message(), f"status tells of it: {told}")
     seen = stage.cluster.log.count(told)
     stage.check(seen >= 1, "the log does not tell of it")
     stage.sql("select 1")

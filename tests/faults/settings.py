@@ -237,9 +237,10 @@ def log_level(stage: Stage) -> None:
 
 @change("/usr/bin/python3.14", cuts=True)
 def python(stage: Stage) -> None:
-    kill(stage.supervisor())
-    stage.until(lambda: Path(f"/proc/{stage.supervisor()}/cmdline").read_text().startswith("/usr/bin/python3.14\0"),
-                "the next supervisor runs it")  # fmt: skip
+    stage.supervisor_anew(
+        lambda: Path(f"/proc/{stage.supervisor()}/cmdline").read_text().startswith("/usr/bin/python3.14\0"),
+        "the next supervisor runs it",
+    )
     stage.until(stage.ready, "ready")
 
 

@@ -172,6 +172,22 @@ class Stage:
         """Change settings of ferretdb and reload."""
         self.cluster.configure(**{f"ferretdb__{name}": value for name, value in settings.items()})
 
+    def supervisor_anew(self, condition: Callable[[], object], what: str) -> None:
+        """Kill the supervisor until ``condition`` is true of its successor.
+
+        The first successor may have been started by a launcher that had not read the settings yet.
+        """
+        kill(self.supervisor())
+
+        def true_of_successor() -> bool:
+            if condition():
+                return True
+            if self.ready():
+                kill(self.supervisor())
+            return False
+
+        self.until(true_of_successor, what)
+
     @contextmanager
     def calm(self) -> Iterator[None]:
         """No request of the load fails in here."""
