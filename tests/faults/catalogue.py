@@ -155,8 +155,8 @@ def _stop(stage: Stage, mode: str) -> None:
     stage.hang_up()
     started = time.monotonic()
     stage.cluster.stop(mode)
-    stage.check(not any(map(lives, pids)), "processes are left when the stop returns")
-    stage.recovers(lambda: port_is_free(stage.cluster.port), "stopped, port free", started)
+    # After an immediate shutdown the kernel kills them: they may outlive the postmaster by some milliseconds.
+    stage.recovers(lambda: port_is_free(stage.cluster.port) and not any(map(lives, pids)), "nothing is left", started)
     _start_again(stage)
 
 
