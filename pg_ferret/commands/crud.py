@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from typing import NamedTuple
 
 from pg_ferret.commands import write_errors
@@ -102,13 +103,13 @@ async def aggregate(request: Request, client: Client) -> bytes:
 
 
 @command("count", help="Counts the documents that match a query.")
-async def count(request: Request, client: Client) -> bytes:
-    return await _read_one(calls.COUNT, request, client)
+def count(request: Request, client: Client) -> Awaitable[bytes]:
+    return _read_one(calls.COUNT, request, client)
 
 
 @command("distinct", help="Returns the distinct values of a field.")
-async def distinct(request: Request, client: Client) -> bytes:
-    return await _read_one(calls.DISTINCT, request, client)
+def distinct(request: Request, client: Client) -> Awaitable[bytes]:
+    return _read_one(calls.DISTINCT, request, client)
 
 
 async def _read_one(call: calls.Call, request: Request, client: Client) -> bytes:
@@ -118,18 +119,18 @@ async def _read_one(call: calls.Call, request: Request, client: Client) -> bytes
 
 
 @command("insert", help="Inserts documents.")
-async def insert(request: Request, client: Client) -> bytes:
-    return await _write(calls.INSERT, b"documents", request, client)
+def insert(request: Request, client: Client) -> Awaitable[bytes]:
+    return _write(calls.INSERT, b"documents", request, client)
 
 
 @command("update", help="Updates documents.")
-async def update(request: Request, client: Client) -> bytes:
-    return await _write(calls.UPDATE, b"updates", request, client)
+def update(request: Request, client: Client) -> Awaitable[bytes]:
+    return _write(calls.UPDATE, b"updates", request, client)
 
 
 @command("delete", help="Deletes documents.")
-async def delete(request: Request, client: Client) -> bytes:
-    return await _write(calls.DELETE, b"deletes", request, client)
+def delete(request: Request, client: Client) -> Awaitable[bytes]:
+    return _write(calls.DELETE, b"deletes", request, client)
 
 
 async def _write(call: calls.Call, statements: bytes, request: Request, client: Client) -> bytes:

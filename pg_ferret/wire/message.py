@@ -241,6 +241,11 @@ def _parse_sections(request: Request, frame: bytes, limit: int) -> None:
 
 def _sequences(frame: bytes, position: int, limit: int) -> dict[bytes, memoryview]:
     """What follows a body that came first: document sequences and nothing else."""
+    if frame[position] == 1 and limit - position > 5 and _int32(frame, position + 1)[0] == limit - position - 1:
+        # Nearly always a single one.
+        name_end = frame.find(0, position + 5, limit)
+        if name_end > 0:
+            return {frame[position + 5 : name_end]: memoryview(frame)[name_end + 1 : limit]}
     sequences: dict[bytes, memoryview] = {}
     while position < limit:
         if frame[position] == 0:
