@@ -24,11 +24,17 @@ _AHEAD = 4
 _TURN = 16
 
 
-def start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """A task that runs at once, up to its first wait: a ping never costs a turn of the loop."""
-    if sys.version_info >= (3, 12):
+if sys.version_info >= (3, 12):
+
+    def start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that runs at once, up to its first wait: a ping never costs a turn of the loop."""
         return asyncio.Task(work, loop=loop, eager_start=True)
-    return loop.create_task(work)
+
+else:
+
+    def start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task; it runs in the next turn of the loop."""
+        return loop.create_task(work)
 
 
 class Connection(asyncio.Protocol):

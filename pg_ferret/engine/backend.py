@@ -24,7 +24,6 @@ from pg_ferret.engine.pipeline import (
 from pg_ferret.errors import EngineError, EngineLostError
 
 _CANCEL_SECONDS = 5.0
-_PAGE_COLUMNS = 3
 
 
 class Backend(Pipeline):
@@ -92,16 +91,21 @@ class Backend(Pipeline):
     def _take(self, result: pq.abc.PGresult) -> None:
         status = result.status
         if status == TUPLES_OK:
-            get = result.get_value
             if not result.ntuples:
                 self._row = ()
-            elif result.nfields == _PAGE_COLUMNS:  # the hot path, spelled out
-                page = get(0, 0)
-                if page is not None and len(page) > LARGE_BYTES:
-                    self.swollen = True
-                self._row = (page, get(0, 1), get(0, 2))
+                return
+            get = result.get_value
+            first = get(0, 0)
+            if first is not None and len(first) > LARGE_BYTES:
+                self.swollen = True
+            columns = result.nfields
+            # The hot paths, spelled out: writes and getMore have two columns, first pages three.
+            if columns == 2:
+                self._row = (first, get(0, 1))
+            elif columns == 3:
+                self._row = (first, get(0, 1), get(0, 2))
             else:
-                self._row = tuple([get(0, column) for column in range(result.nfields)])
+                self._row = (first, *[get(0, column) for column in range(1, columns)])
         elif status == PIPELINE_SYNC:
             self.busy = False
             self._finish()
