@@ -46,7 +46,7 @@ _CONTROL_BYTES = 1 << 18
 _MAX_LISTENERS = 250
 _REFUSAL_LOG_SECONDS = 5.0
 _MANY_CLIENTS = 256
-_TRIM_SECONDS = 30.0
+_TRIM_SECONDS = 10.0
 _NO_DESCRIPTORS = "too many connections for the limit of file descriptors (ulimit -n)"
 # Beside clients and the pool: the loop's own, the registry, listeners old and new, clients that are being refused.
 _KEPT_DESCRIPTORS = 64 + WAITING_AT_MOST
