@@ -120,9 +120,13 @@ class Pipeline(ABC):
             self._stop_writing()
             self._loop.remove_reader(self._socket)
 
-    def leave_pipeline(self) -> None:
-        """Make the connection an ordinary idle one again."""
-        self._pg.exit_pipeline_mode()
+    def leave_pipeline(self) -> bool:
+        """Make the connection an ordinary idle one again; False if something is left in it."""
+        try:
+            self._pg.exit_pipeline_mode()
+        except psycopg.Error:
+            return False
+        return True
 
     def _error_of(self, result: pq.abc.PGresult) -> Exception:
         """What a failed result says: EngineError, or EngineLostError if it is the last the server says here."""

@@ -383,7 +383,7 @@ class Pool:
         self._all.discard(backend)
         if backend in self._idle:
             self._idle.remove(backend)
-        broken = backend.lost or backend.busy or backend.swollen
+        broken = backend.lost or backend.busy or backend.swollen or backend.spent
         if backend.busy:
             backend.drop()
         backend.detach()
@@ -391,10 +391,9 @@ class Pool:
 
     async def _put_back(self, pipeline: Pipeline, broken: bool | None = None) -> None:
         """Return a connection that is off the loop to psycopg_pool, which replaces it if it is closed."""
-        if pipeline.lost or pipeline.swollen if broken is None else broken:
+        usable = not (pipeline.lost or pipeline.swollen) if broken is None else not broken
+        if not (usable and pipeline.leave_pipeline()):
             await pipeline.connection.close()
-        else:
-            pipeline.leave_pipeline()
         await self._source.putconn(pipeline.connection)
         self._grow_if_needed()
 

@@ -110,14 +110,39 @@ async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> Non
         assert found(await (await shared(pool, 5))) == 5
 
 
-async def test_who_waits_behind_a_read_that_stalls_is_served_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:
+@asynccontextmanager
+async def locked(cluster: Cluster) -> AsyncIterator[None]:
+    """Nobody can read collection ``d``."""
     table = cluster.psql(
         "select collection_id from documentdb_api_catalog.collections"
         " where database_name = 'line' and collection_name = 'd'"
     )[0][0]
-    async with make_pool(6) as pool, await psycopg.AsyncConnection.connect(conninfo(configuration(cluster))) as blocker:
-        await (await shared(pool))
+    async with await psycopg.AsyncConnection.connect(conninfo(configuration(cluster))) as blocker:
         await blocker.execute(f"lock table documentdb_data.documents_{table} in access exclusive mode")
+        yield
+
+
+async def test_stalls_with_several_batches_under_way_cost_no_connection(cluster: Cluster, make_pool: MakePool) -> None:
+    async with make_pool(3) as pool:
+        for _ in range(4):
+            await (await shared(pool))
+            async with locked(cluster):
+                stalled = pool.share(find(1, "d"))
+                await asyncio.sleep(0)  # each turn of the loop sends a batch
+                behind = pool.share(find(2))
+                assert asyncio.isfuture(stalled)
+                assert asyncio.isfuture(behind)
+                assert found(await behind) == 2
+            assert found(await stalled) == 1
+        async with locked(cluster):
+            reads = [asyncio.ensure_future(pool.call(calls.FIND, find(number, "d").params)) for number in range(3)]
+            await wait_until(lambda: len(active(cluster)) == 3)
+        assert [found(row) for row in await asyncio.gather(*reads)] == [0, 1, 2]
+
+
+async def test_who_waits_behind_a_read_that_stalls_is_served_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:
+    async with make_pool(6) as pool, locked(cluster):
+        await (await shared(pool))
         stalled = pool.share(find(1, "d"))
         behind = [pool.share(find(number)) for number in range(5)]
         assert asyncio.isfuture(stalled)
