@@ -70,10 +70,13 @@ class Housekeeper:
 
     async def _tidy(self) -> None:
         services = self._services
-        expired = services.cursors.expired()
-        if expired:
-            await end(expired, services)
-            _log.debug("cursors expired", cursors=len(expired))
+        position: bytes | None = b""
+        while position is not None:
+            expired, position = services.cursors.expired(position)
+            if expired:
+                await end(expired, services)
+                _log.debug("cursors expired", cursors=len(expired))
+            await asyncio.sleep(0)
         await self._remove_orphans()
 
     async def _expire_rows(self) -> None:

@@ -23,7 +23,7 @@ _KEY = Struct(">Q")
 _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
 _HEAD = Struct("<dH")  # expiry (Unix seconds; infinity: never), length of the owner
 _HEAD_BYTES: Final = _HEAD.size
-_SWEEP_AT_MOST: Final = 10_000
+_SWEEP_AT_ONCE: Final = 250
 
 
 class Cursor(NamedTuple):
@@ -143,19 +143,21 @@ class Cursors:
                     found.extend(_KEY.unpack(key)[0] for key in walk.iternext_dup())
         return found
 
-    def expired(self) -> list[int]:
-        """The ids of cursors whose time is up, a bounded number at a time."""
+    def expired(self, begin: bytes = b"") -> tuple[list[int], bytes | None]:
+        """Of the next few cursors from ``begin`` on: the ids of those whose time is up, and where to go on, if at all.
+
+        In parts, because a registry may hold a hundred thousand, and the worker has clients to serve.
+        """
         now = time.time()
         found: list[int] = []
-        with self._env.begin() as transaction, transaction.cursor() as walk:
-            for key, record in walk:
-                if key == _SESSIONS:
-                    continue
-                if _HEAD.unpack_from(record)[0] <= now:
+        with self._env.begin(buffers=True) as transaction, transaction.cursor() as walk:
+            walk.set_range(begin)
+            for number, (key, record) in enumerate(walk):
+                if number >= _SWEEP_AT_ONCE:
+                    return found, bytes(key)
+                if len(key) == _KEY.size and _HEAD.unpack_from(record)[0] <= now:
                     found.append(_KEY.unpack(key)[0])
-                    if len(found) >= _SWEEP_AT_MOST:
-                        break
-        return found
+        return found, None
 
     def close(self) -> None:
         """Unmap the registry; it goes on to exist for the other workers."""

@@ -49,10 +49,24 @@ def test_expired_cursors_are_not_found_and_can_be_swept(cursors: Cursors) -> Non
     cursors.open(2, cursor(expires=time.time() + 3600))
     cursors.open(3, cursor())
     assert cursors.get(1) is None
-    assert cursors.expired() == [1]
-    cursors.remove(cursors.expired())
-    assert cursors.expired() == []
+    assert cursors.expired() == ([1], None)
+    cursors.remove([1])
+    assert cursors.expired() == ([], None)
     assert cursors.count() == 2
+
+
+def test_many_cursors_are_swept_in_parts(cursors: Cursors) -> None:
+    for number in range(1000):
+        cursors.open(number, cursor(session=b"s" * 16, expires=0.0 if number % 3 else _SOON))
+    swept: list[int] = []
+    position: bytes | None = b""
+    while position is not None:
+        part, position = cursors.expired(position)
+        assert len(part) <= 250
+        assert cursors.remove(part) == part
+        swept += part
+    assert swept == [number for number in range(1000) if number % 3]
+    assert cursors.count() == 334
 
 
 def test_cursors_of_a_session(cursors: Cursors) -> None:
