@@ -13,7 +13,7 @@ import structlog
 from pg_ferret.dispatch import describe, respond
 from pg_ferret.errors import ProtocolError
 from pg_ferret.state.client import Client
-from pg_ferret.wire.message import frame_length
+from pg_ferret.wire.message import frame_length, reply_head
 
 _log = structlog.get_logger()
 # Sends a descriptor to the other workers; False if that is not possible now.
@@ -37,6 +37,11 @@ else:
         return loop.create_task(work)
 
 
+def _silent(frame: bytes) -> bool:
+    """Whether nobody waits for an answer."""
+    return reply_head(frame)[2]
+
+
 class Connection(asyncio.Protocol):
     """asyncio's view of a client; `closed` is called once, when it is gone."""
 
@@ -49,6 +54,7 @@ class Connection(asyncio.Protocol):
         "_counters",
         "_draining",
         "_frame",
+        "_gone",
         "_hand_over",
         "_held",
         "_loop",
@@ -71,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._busy = False
         self._draining = False
+        self._gone = False  # the client has gone and left unacknowledged writes behind
         self._refused = False
         self._touched = True
         self._paused = False
@@ -196,7 +203,14 @@ class Connection(asyncio.Protocol):
             if self._held:
                 self._serving = 0
                 self._account()
-        if self._draining:
+        if self._draining or self._gone or self._hand_over is not None:
+            self._depart(transport)
+
+    def _depart(self, transport: asyncio.Transport) -> None:
+        """Nothing is left to be answered."""
+        if self._gone:
+            self._leave()
+        elif self._draining:
             transport.close()
         elif self._hand_over is not None:
             self.move(self._hand_over)
@@ -234,18 +248,27 @@ class Connection(asyncio.Protocol):
             self._account()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._ahead = None
         self._buffer = None
+        self._paused = False
         if self._writable is not None:
             self._writable.cancel()
             self._writable = None
-        services = self._client.services
-        services.backlog.hold(self, 0, stuck=False)
-        self._held = False
+        if self._task is not None and _silent(self._frame):
+            # An unacknowledged write: drivers close behind it.  It is made, and so are those that came after it.
+            self._gone = True
+            self._ahead = deque(filter(_silent, self._ahead or ()))
+            self._account()
+            return
+        self._ahead = None
         if self._task is not None:
             # Nobody waits for the answer any more: the query is to end too.
             self._task.cancel()
-            services.engine.abandon(describe(self._frame))
+            self._client.services.engine.abandon(describe(self._frame))
+        self._leave()
+
+    def _leave(self) -> None:
+        self._client.services.backlog.hold(self, 0, stuck=False)
+        self._held = False
         self._closed(self)
 
     def move(self, hand_over: HandOver) -> bool:

@@ -9,11 +9,14 @@ from typing import Any
 
 import bson
 import crc32c
+import psycopg
 import pytest
 from pymongo import MongoClient
 from pymongo.database import Database
 
-from dev.cluster import Cluster
+from dev.cluster import Cluster, wait_for
+from pg_ferret.engine.limits import conninfo
+from tests.integration.conftest import configuration
 
 Document = dict[str, Any]
 
@@ -79,6 +82,28 @@ def test_more_to_come_is_not_answered(wire: socket.socket, database: Database[Do
     wire.sendall(message({"ping": 1, "$db": "admin"}, 3))
     assert reply(wire)[0] == 3
     assert database.c.count_documents({}) == 1
+
+
+def test_unacknowledged_writes_are_made_though_the_client_has_gone(
+    cluster: Cluster, database: Database[Document]
+) -> None:
+    database.c.insert_one({"_id": 0})
+    name = f"'{database.name}'"
+    (table,) = cluster.psql(
+        "select 'documentdb_data.documents_' || collection_id from documentdb_api_catalog.collections"
+        f" where database_name = {name} and collection_name = 'c'"
+    )[0]
+    with psycopg.connect(conninfo(configuration(cluster))) as blocker:
+        blocker.execute(f"lock table {table} in exclusive mode")
+        with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as leaving:
+            for number in (1, 2, 3):
+                insert = {"insert": "c", "documents": [{"_id": number}], "$db": database.name}
+                leaving.sendall(message(insert, number, flags=2))
+        wait_for(
+            lambda: cluster.psql("select 1 from pg_stat_activity where wait_event_type = 'Lock'"),
+            what="the first one waits",
+        )
+    wait_for(lambda: database.c.count_documents({}) == 4, what="all are made")
 
 
 def test_checksums_are_verified(wire: socket.socket) -> None:

@@ -171,6 +171,23 @@ async def test_a_client_that_does_not_read_its_replies_is_not_served_further() -
     assert len(rig.transport.written) == 2
 
 
+async def test_unacknowledged_requests_are_run_though_the_client_has_gone(gate: asyncio.Event) -> None:
+    rig = Rig()
+    rig.connection.data_received(message({"slow": 1}, 1, flags=2))
+    rig.connection.data_received(message({"slow": 1}, 2, flags=2))
+    rig.connection.data_received(message({"ping": 1}, 3))
+    rig.connection.connection_lost(None)
+    await settle()
+    assert (rig.gone, rig.services.abandoned) == (0, [])
+    assert rig.services.backlog.held > 0
+    gate.set()
+    await settle()
+    assert (rig.gone, rig.services.abandoned) == (1, [])
+    assert rig.services.counters.requests == 2  # nobody waits for the third
+    assert rig.services.backlog.held == 0
+    assert rig.transport.written == []
+
+
 async def test_a_client_that_goes_away_ends_its_request(gate: asyncio.Event) -> None:
     rig = Rig()
     rig.connection.data_received(message({"slow": 1}))
