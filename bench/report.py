@@ -19,6 +19,20 @@ from typing import Any
 from bench.plan import TITLES
 
 _BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
+# What pg_ferret divided by FerretDB is meant to be: operation, clients, ops/s at least, the gateway's CPU at most.
+_GOALS = (
+    ("ping", 16, 2.0, 1.0),
+    ("find", 16, 1.7, 0.5),
+    ("find", 64, 2.0, 0.5),
+    ("insert", 16, 1.3, 0.55),
+    ("update", 16, 1.3, 0.5),
+    ("insertMany", 16, 1.15, 0.5),
+    ("scan", 16, 1.4, 0.4),
+    ("group", 16, 1.0, 1.0),
+    ("connect", 16, 1.5, 1.0),
+)
+_GOAL_BESIDE = 1.5
+_GOAL_MEMORY = 0.2
 _COLORS = {"pg_ferret": "#2563eb", "FerretDB": "#d97706", "pgbench": "#6b7280"}
 
 
@@ -120,6 +134,7 @@ def table(run: dict[str, Any]) -> str:
             + ratios
             + _beside(run)
             + _memory(run)
+            + _goals(run)
             + _growth(run)
             + (["", "Errors:", "", *problems] if problems else [])
         )
@@ -148,6 +163,36 @@ def _beside(run: dict[str, Any]) -> list[str]:
     if not factors:
         return []
     return ["", f"p99 of 63 clients' point reads beside the aggregation, divided by p99 without: {', '.join(factors)}."]
+
+
+def _goals(run: dict[str, Any]) -> list[str]:
+    """What was aimed at, and whether it is reached."""
+    found = cells(run)
+    lines = ["", "Goals:", "", "| pg_ferret divided by FerretDB | aimed at | measured | |", "|---|--:|--:|---|"]
+
+    def goal(name: str, aim: float, figure: float, least: bool = False) -> None:
+        reached = figure >= aim if least else figure <= aim
+        sign = "≥" if least else "≤"
+        lines.append(f"| {name} | {sign} {aim:g} | {figure:.2f} | {'reached' if reached else '**missed**'} |")
+
+    for op, clients, rate, gateway in _GOALS:
+        row = found.get((op, clients), {})
+        ours, theirs = row.get("pg_ferret"), row.get("FerretDB")
+        if ours and theirs and ours.rate and theirs.rate:
+            goal(f"{TITLES[op]}, {clients} clients: ops/s", rate, ours.rate / theirs.rate, least=True)
+            goal(f"{TITLES[op]}, {clients} clients: CPU of gateway", gateway, _quotient(ours.gateway, theirs.gateway))
+            goal(f"{TITLES[op]}, {clients} clients: p99", 1.0, ours.p99 / theirs.p99)
+    fresh = {name: figures[0] for name, figures in run["fresh_memory"].items()}
+    idle = {sample["target"]: sample["gateway"] for sample in run["idle"] if not sample["error"]}
+    for name, memory in (("memory, just started", fresh), ("memory with idle clients", idle)):
+        if memory.get("FerretDB") and memory.get("pg_ferret"):
+            goal(name, _GOAL_MEMORY, memory["pg_ferret"] / memory["FerretDB"])
+    with_it = found.get(("find-beside", 64), {}).get("pg_ferret")
+    without = found.get(("find", 64), {}).get("pg_ferret")
+    if with_it and without and with_it.rate and without.rate:
+        goal("(pg_ferret alone) point reads: p99 beside an aggregation by that without", _GOAL_BESIDE,
+             with_it.p99 / without.p99)  # fmt: skip
+    return lines if len(lines) > 5 else []
 
 
 def _growth(run: dict[str, Any]) -> list[str]:

@@ -109,16 +109,19 @@ class Shapes:
     """Applications send few shapes of messages, again and again: the scan of one serves for all others like it."""
 
     def __init__(self) -> None:
-        self._by_size: dict[int, list[_Shape]] = {}
+        # Size of the body -> mask -> what it leaves -> shape: messages to many collections differ in the third only.
+        self._by_size: dict[int, dict[int, dict[int, _Shape]]] = {}
+        self._count = 0
         self._misses = 0
 
     def find(self, frame: bytes, end: int) -> _Shape | None:
         """The shape of an OP_MSG frame that begins with its body, which ends at ``end``; None if it is not known."""
-        shapes = self._by_size.get(end)
-        if shapes is not None:
+        masks = self._by_size.get(end)
+        if masks is not None:
             content = int.from_bytes(frame[_FIXED_FROM:end], "little")
-            for shape in shapes:
-                if content & shape.mask == shape.fixed:
+            for mask, shapes in masks.items():
+                shape = shapes.get(content & mask)
+                if shape is not None:
                     return shape
         return None
 
@@ -126,22 +129,24 @@ class Shapes:
         """Remember the shape of a request that has been scanned; at most so many, and now and then all anew."""
         self._misses += 1
         if self._misses >= _FORGET_AFTER:
-            self._misses = 0
+            self._misses = self._count = 0
             self._by_size.clear()
-        if request.end > _LONGEST_SHAPE or len(self._by_size) >= _MOST_SIZES:
+        if request.end > _LONGEST_SHAPE or self._count >= _MOST_SHAPES:
             return
-        shapes = self._by_size.setdefault(request.end, [])
-        if len(shapes) < _SHAPES_OF_A_SIZE:
-            shape = _Shape(request)
-            shapes.append(shape)
-            request.memo = shape.memo
+        shape = _Shape(request)
+        masks = self._by_size.setdefault(request.end, {})
+        if shape.mask not in masks and len(masks) >= _MASKS_OF_A_SIZE:
+            return
+        masks.setdefault(shape.mask, {})[shape.fixed] = shape
+        self._count += 1
+        request.memo = shape.memo
 
 
 _FIXED_FROM: Final = 12  # behind the ids: opcode, flags, section kind and body
 _OPEN_TYPES: Final = frozenset((bson.DOUBLE, bson.DATE, bson.INT32, bson.INT64, 0x07, 0x11, 0x13))
 _LONGEST_SHAPE: Final = 1024
-_SHAPES_OF_A_SIZE: Final = 6
-_MOST_SIZES: Final = 256
+_MASKS_OF_A_SIZE: Final = 6
+_MOST_SHAPES: Final = 1024
 _FORGET_AFTER: Final = 4096
 _shapes = Shapes()
 

@@ -91,9 +91,19 @@ def test_a_shape_says_what_a_scan_says(commands: list[dict[str, Any]], chance: r
                 assert found == (expected or None)
 
 
+def test_many_collections_are_all_remembered(shapes: message.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [frame_of({"find": f"tenant{number:03}", "filter": {"_id": 1}, "$db": "d"}) for number in range(1000)]
+    first = [message.parse(frame) for frame in frames]
+    monkeypatch.setattr(bson, "scan", None)
+    for known, frame in zip(first, frames, strict=True):
+        assert message.parse(frame).memo is known.memo
+
+
 def test_what_is_remembered_is_bounded(shapes: message.Shapes) -> None:
     for number in range(10_000):
         message.parse(frame_of({"find": f"c{number:06}", "x" * (number % 400): 1}))
-    kept = shapes._by_size
-    assert len(kept) <= message._MOST_SIZES
-    assert max(map(len, kept.values())) <= message._SHAPES_OF_A_SIZE
+    kept = [shape for masks in shapes._by_size.values() for known in masks.values() for shape in known]
+    assert len(kept) == shapes._count <= message._MOST_SHAPES
+    for number in range(100):
+        message.parse(frame_of({"find": "c", f"{number:02}" + "x" * (number % 7): 1}))
+    assert max(map(len, shapes._by_size.values())) <= message._MASKS_OF_A_SIZE
