@@ -141,7 +141,8 @@ def settings_md() -> str:
         connection is dropped unless the setting itself asks for it; *restart* settings need a restart of the server.
 
         A value that PostgreSQL refuses at a reload leaves the running value in force; at a server start the default
-        takes its place. Both are logged, and shown in the `message` column of `ferretdb.status`.
+        takes its place. Both are logged, and shown in `ferretdb.settings_errors` and in the `message` column of
+        `ferretdb.status`.
 
         | name | type | default | range | change | meaning |
         |---|---|---|---|---|---|

@@ -78,6 +78,10 @@ class Instance:
             cluster.stop()
         return cluster is not None
 
+    def forgotten(self) -> bool:
+        """Whether a stop was asked for since the start."""
+        return not self._uri_file.exists()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One start or stop at a time."""
@@ -118,6 +122,9 @@ def run(instance: Instance, port: int, pg_port: int) -> int:
         print(f"Ctrl-C stops it. The log is {_shown_directory()}/log", flush=True)
         while cluster.pid is not None:
             time.sleep(0.2)
+        if instance.forgotten():
+            _say("stopped by make stop")
+            return 0
         _say(f"PostgreSQL has ended, see {_shown_directory()}/log")
         return 1
     except KeyboardInterrupt:
