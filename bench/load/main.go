@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"syscall"
@@ -41,6 +42,7 @@ type client struct {
 	random    *rand.Rand
 	zipf      *rand.Zipf
 	db        *mongo.Database
+	records   []record // what it inserts, 100 at most at once
 	latencies []time.Duration
 	errors    int
 	err       error
@@ -62,6 +64,8 @@ func run() error {
 	setup := flag.Bool("setup", false, "load the documents instead")
 	flag.Parse()
 
+	// The generator shares the machine with what it measures: rather memory than CPU.
+	debug.SetGCPercent(800)
 	ctx := context.Background()
 	switch *name {
 	case "idle":
@@ -111,6 +115,13 @@ func measure(ctx context.Context, db *mongo.Database, op operation, count int, s
 	for i := range clients {
 		random := rand.New(rand.NewPCG(uint64(i), 2026))
 		clients[i] = &client{number: i, random: random, zipf: rand.NewZipf(random, 1.1, 8, documents-1), db: db}
+		for range 100 {
+			r, err := newRecord(random)
+			if err != nil {
+				return nil, err
+			}
+			clients[i].records = append(clients[i].records, r)
+		}
 	}
 	// Every connection is opened, and every path walked once or more, before the clock starts.
 	warm := time.Now().Add(300 * time.Millisecond)
