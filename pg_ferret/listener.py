@@ -47,6 +47,8 @@ class Listener:
     ) -> None:
         self.address = address
         self._socket = listening
+        # accept() asks its socket for these each time, which takes longer than to accept.
+        self._kind = listening.family, listening.type, listening.proto
         self._loop = loop
         self._balance = balance
         self._accepted = accepted
@@ -63,13 +65,14 @@ class Listener:
         self._timer = self._loop.call_later(seconds, self._resume)
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
-            if self._too_many():
-                self._passed += 1
-                if self._passed >= _TURNS_TO_LET_PASS:
-                    self._passed = 0
-                    self._pause(_STEP_BACK_SECONDS)
-                return
+        room = self._room()
+        if room <= 0:
+            self._passed += 1
+            if self._passed >= _TURNS_TO_LET_PASS:
+                self._passed = 0
+                self._pause(_STEP_BACK_SECONDS)
+            return
+        for _ in range(min(room, _AT_ONCE)):
             try:
                 arrival = self._take()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -84,13 +87,13 @@ class Listener:
             if arrival is not None:
                 self._accepted(*arrival)
 
-    def _too_many(self) -> bool:
-        """Whether another worker should rather take the next one."""
-        return self._balance.ahead()
+    def _room(self) -> int:
+        """How many clients to take before it is another worker's turn."""
+        return self._balance.room()
 
     def _take(self) -> tuple[socket.socket, Address] | None:
-        client, address = self._socket.accept()
-        return client, address or self._socket.getsockname()
+        descriptor, address = self._socket._accept()
+        return socket.socket(*self._kind, descriptor), address or self._socket.getsockname()
 
     def close(self) -> None:
         """Stop accepting; the other workers' sockets stay open."""
@@ -104,8 +107,8 @@ class Listener:
 class Adopter(Listener):
     """Takes the clients that other workers hand over, which leave or have too many of them."""
 
-    def _too_many(self) -> bool:
-        return self._balance.above()  # stricter: nobody takes back what it has just given away
+    def _room(self) -> int:
+        return self._balance.room(lead=0)  # stricter: nobody takes back what it has just given away
 
     def _take(self) -> tuple[socket.socket, Address] | None:
         _, descriptors, _, _ = socket.recv_fds(self._socket, 16, 1, socket.MSG_DONTWAIT)
@@ -143,23 +146,23 @@ class Balance:
         """Whether another worker takes clients."""
         return any(self._takes_clients(slot) for slot in self.workers() if slot is not self._mine)
 
-    def ahead(self) -> bool:
-        """Whether this worker has clearly more clients than the least loaded one."""
-        mine = self._mine.get("connections")
-        if mine <= _LEAD:
-            return False
-        least = min(self._loads(), default=mine)
-        return mine > least + _LEAD + least // 16
+    def room(self, lead: int = _LEAD) -> int:
+        """How many clients this worker may take before it is clearly ahead of the least loaded one, by ``lead`` and a
+        sixteenth; 0 or less if it is."""
+        least = min(self._loads(but=self._mine), default=None)
+        if least is None:
+            return _AT_ONCE
+        allowed = least + lead + least // 16 if lead else least
+        return allowed + 1 - self._mine.get("connections")
 
-    def above(self) -> bool:
-        """Whether any worker has fewer clients than this one."""
-        mine = self._mine.get("connections")
-        return mine > min(self._loads(), default=mine)
+    def ahead(self) -> bool:
+        """Whether another worker should take the next client."""
+        return self.room() <= 0
 
     def excess(self) -> int:
         """How many clients this worker has beyond the mean."""
         loads = self._loads()
         return max(0, self._mine.get("connections") - -(-sum(loads) // max(1, len(loads))))
 
-    def _loads(self) -> list[int]:
-        return [slot.get("connections") for slot in self.workers() if self._takes_clients(slot)]
+    def _loads(self, but: Slot | None = None) -> list[int]:
+        return [slot.get("connections") for slot in self.workers() if slot is not but and self._takes_clients(slot)]
