@@ -13,6 +13,9 @@ from bench.targets import PgFerret, Sample
 from dev.cluster import wait_for
 
 _POINTS = (Point("find", 16), Point("insert", 16), Point("scan", 16))
+# Reads everywhere: only with the collections there, and only after the backends have seen most of them.
+_ANYWHERE = Point("find-anywhere", 16)
+_WARM_UP_SECONDS = 20.0
 _ROUNDS = 2
 _THREADS = 16
 
@@ -21,9 +24,9 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
     """Samples under one condition after the other; ``target`` of a sample is the condition's name."""
     samples: list[Sample] = []
 
-    def under(condition: str) -> None:
+    def under(condition: str, *more: Point) -> None:
         for _ in range(_ROUNDS):
-            for point in _POINTS:
+            for point in (*_POINTS, *more):
                 sample = target.measure(point, seconds)
                 sample.target = condition
                 samples.append(sample)
@@ -49,7 +52,8 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
                 database.command("killCursors", "docs", cursors=opened[start : start + 1000])
             under("2 workers, again")
             list(threads.map(create, range(collections)))
-            under(f"{collections:,} collections more")
+            target.measure(_ANYWHERE, _WARM_UP_SECONDS)
+            under(f"{collections:,} collections more", _ANYWHERE)
     return [sample.as_dict() for sample in samples]
 
 

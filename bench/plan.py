@@ -21,6 +21,7 @@ TITLES = {
     "ycsb-c": "YCSB C (reads only)",
     "insert-1MB": "insert a document of 1 MB",
     "find-1MB": "find a document of 1 MB",
+    "find-anywhere": "find by _id in any of 10,000 collections",
     "find-beside": "find by _id, one of the clients aggregates 1,000,000 rows",
     "connect": "connect, hello, close",
 }

@@ -208,7 +208,9 @@ def _growth(run: dict[str, Any]) -> list[str]:
         "|---|" + "--:|" * len(found),
     ]
     for condition in next(iter(found.values())):
-        figures = [f"{row[condition].rate:,.0f} ({row[condition].gateway:,.0f})" for row in found.values()]
+        figures = [
+            f"{cell.rate:,.0f} ({cell.gateway:,.0f})" if (cell := row.get(condition)) else "" for row in found.values()
+        ]
         lines.append(f"| {condition} | " + " | ".join(figures) + " |")
     return lines
 

@@ -92,7 +92,8 @@ class Listener:
         return self._balance.room()
 
     def _take(self) -> tuple[socket.socket, Address] | None:
-        descriptor, address = self._socket._accept()
+        # What socket.accept() calls itself; there is no public name for it.
+        descriptor, address = self._socket._accept()  # type: ignore[attr-defined]
         return socket.socket(*self._kind, descriptor), address or self._socket.getsockname()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math"
 	"math/rand/v2"
+	"strconv"
 	"strings"
 	"sync/atomic"
 
@@ -16,6 +17,9 @@ import (
 
 // documents is how many there are in "docs" (about 150 bytes each) and in "ycsb" (10 fields of 100 bytes).
 const documents = 10_000
+
+// manyCollections is how many findAnywhere asks.
+const manyCollections = 10_000
 
 // bigDocuments is how many of 1 MB there are in "big".
 const bigDocuments = 16
@@ -51,6 +55,7 @@ var operations = map[string]operation{
 	"insert-1MB":    {run: insertBig, cleanup: drop("inserted")},
 	"find-1MB":      {run: findBig},
 	"find-beside":   {run: find, other: slow},
+	"find-anywhere": {run: findAnywhere},
 }
 
 func small(id any, random *rand.Rand) bson.D {
@@ -145,6 +150,16 @@ func ping(ctx context.Context, c *client) error {
 
 func find(ctx context.Context, c *client) error {
 	return c.db.Collection("docs").FindOne(ctx, byID(c.anyID())).Err()
+}
+
+// findAnywhere asks one of the collections c0, c1 and so on of a second database, which bench/growth.py made.
+func findAnywhere(ctx context.Context, c *client) error {
+	many := c.db.Client().Database(c.db.Name() + "_many")
+	err := many.Collection("c"+strconv.Itoa(c.random.IntN(manyCollections))).FindOne(ctx, byID(c.anyID())).Err()
+	if errors.Is(err, mongo.ErrNoDocuments) {
+		return nil
+	}
+	return err
 }
 
 func insert(ctx context.Context, c *client) error {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from pg_ferret.errors import CommandError
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
@@ -36,9 +38,32 @@ def collection(request: Request, field: bytes | None = None) -> bytes:
         raise CommandError(73, f"collection name has invalid type: field '{field.decode()}' must be a string")
     name = request.frame[span[1] + 4 : span[2] - 1]
     # A NUL would end the name early on its way to the engine, and another collection would be meant.
-    if not name or b"\0" in name or len(name) > _MAX_COLLECTION_BYTES:
-        raise CommandError(73, f"Invalid namespace specified '{database(request).decode('utf-8', 'replace')}.'")
+    if not name or 0 in name or len(name) > _MAX_COLLECTION_BYTES:
+        raise invalid_namespace(request)
     return name
+
+
+def invalid_namespace(request: Request) -> CommandError:
+    """The error for a collection that cannot be."""
+    return CommandError(73, f"Invalid namespace specified '{database(request).decode('utf-8', 'replace')}.'")
+
+
+class Namespace(NamedTuple):
+    """Where to find the namespace in requests of one shape, whose collections' names differ but not in length.
+
+    What is left to be looked at in each of them is whether the name has a NUL in it: see `invalid_namespace`.
+    """
+
+    prefix: bytes  # the database and a dot
+    name: slice
+
+    @classmethod
+    def of(cls, request: Request, field: bytes | None = None) -> Namespace:
+        """Raises CommandError."""
+        prefix = database(request) + b"."
+        collection(request, field)
+        _, start, end = request.fields[field or request.name]
+        return cls(prefix, slice(start + 4, end - 1))
 
 
 def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryview:

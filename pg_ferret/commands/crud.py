@@ -7,7 +7,15 @@ from collections.abc import Awaitable
 from typing import NamedTuple
 
 from pg_ferret.commands import write_errors
-from pg_ferret.commands.arguments import collection, database, session, spec, unchanged
+from pg_ferret.commands.arguments import (
+    Namespace,
+    collection,
+    database,
+    invalid_namespace,
+    session,
+    spec,
+    unchanged,
+)
 from pg_ferret.engine import calls
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.shared import Shared
@@ -43,10 +51,11 @@ def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes
 
 
 class _Find(NamedTuple):
-    """What there is to know of a find before its filter is looked at."""
+    """What there is to know of a find before its collection and its filter are looked at."""
 
     db: bytes
-    namespace: bytes
+    prefix: bytes  # of the namespace: the database and a dot
+    name: slice  # where the collection's name is in the frame
     rewritten: bool  # the engine must not see it as it came
     filter: bson.Span | None  # of a read that may share a connection
 
@@ -60,8 +69,12 @@ async def find(request: Request, client: Client) -> bytes:
         # A flag that is a number may be another one in the next request of the shape.
         if memo is not None and all(request.fields[name][0] == bson.BOOL for name in _FLAGS & request.fields.keys()):
             memo["find"] = known
-    db, namespace, rewritten, span = known
+    db, prefix, named, rewritten, span = known
     frame = request.frame
+    name = frame[named]
+    if 0 in name:
+        raise invalid_namespace(request)
+    namespace = prefix + name
     body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
     if span is None:
         row = await client.services.engine.call(calls.FIND, (db, body))
@@ -88,7 +101,7 @@ def _look_at(request: Request) -> _Find:
     shares = (
         request.true(b"singleBatch") and _ALONE.isdisjoint(fields) and span is not None and span[0] == bson.DOCUMENT
     )
-    return _Find(db, db + b"." + collection(request), not unchanged(request), span if shares else None)
+    return _Find(db, *Namespace.of(request), not unchanged(request), span if shares else None)
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")

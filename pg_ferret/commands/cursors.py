@@ -6,7 +6,7 @@ import time
 from struct import Struct
 from typing import NamedTuple
 
-from pg_ferret.commands.arguments import collection, database, spec, unchanged
+from pg_ferret.commands.arguments import Namespace, collection, database, invalid_namespace, spec, unchanged
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
@@ -28,7 +28,8 @@ class _GetMore(NamedTuple):
     """What there is to know of a getMore before its cursor is looked at."""
 
     db: bytes
-    namespace: bytes
+    prefix: bytes  # of the namespace: the database and a dot
+    name: slice  # where the collection's name is in the frame
     rewritten: bool  # the engine must not see it as it came
     id_at: int  # where the cursor's id is in the frame
 
@@ -42,8 +43,12 @@ async def get_more(request: Request, client: Client) -> bytes:
         known = _look_at(request)
         if memo is not None:
             memo["getMore"] = known
-    db, namespace, rewritten, id_at = known
+    db, prefix, named, rewritten, id_at = known
     frame = request.frame
+    name = frame[named]
+    if 0 in name:
+        raise invalid_namespace(request)
+    namespace = prefix + name
     (cursor_id,) = _int64(frame, id_at)
     cursor = services.cursors.get(cursor_id)
     if cursor is None:
@@ -73,7 +78,7 @@ def _look_at(request: Request) -> _GetMore:
     if kind != bson.INT64:
         raise CommandError(14, "Field 'getMore' must be of type long")
     db = database(request)
-    return _GetMore(db, db + b"." + collection(request, b"collection"), not unchanged(request), start)
+    return _GetMore(db, *Namespace.of(request, b"collection"), not unchanged(request), start)
 
 
 def _not_the_owner(cursor: Cursor, cursor_id: int, namespace: bytes) -> CommandError:

@@ -54,7 +54,7 @@ class Request:
     end: int
     name: bytes  # the command: the first field's name
     fields: dict[bytes, bson.Span]  # not to be changed: requests of one shape share it
-    memo: dict[str, Any] | None  # what was found out for all requests of this shape; see `Shapes`
+    memo: dict[str, Any] | None  # what was found out for all requests of this shape, whatever collection they name
     sequences: dict[bytes, memoryview]  # kind-1 sections: field name -> documents, one behind the other
     silent: bool  # moreToCome: the client does not read a reply
     legacy: bool  # OP_QUERY: answered by OP_REPLY
@@ -94,10 +94,11 @@ class _Shape:
         self.name = request.name
         self.memo: dict[str, Any] = {}
         free = bytearray(b"\xff" * (request.end - _FIXED_FROM))
-        for kind, start, end in request.fields.values():
-            # What a value's size follows from stays fixed, and so do top-level strings and booleans: names and options.
+        for field, (kind, start, end) in request.fields.items():
+            # What a value's size follows from stays fixed, and so do top-level strings and booleans, which are options,
+            # but not the name of a collection: there may be tens of thousands.
             first, last = start - _FIXED_FROM, end - _FIXED_FROM
-            if kind in (bson.DOCUMENT, bson.ARRAY):
+            if kind in (bson.DOCUMENT, bson.ARRAY) or (kind == bson.STRING and field in (request.name, b"collection")):
                 free[first + 4 : last - 1] = bytes(last - first - 5)
             elif kind in _OPEN_TYPES:
                 free[first:last] = bytes(last - first)
@@ -109,7 +110,7 @@ class Shapes:
     """Applications send few shapes of messages, again and again: the scan of one serves for all others like it."""
 
     def __init__(self) -> None:
-        # Size of the body -> mask -> what it leaves -> shape: messages to many collections differ in the third only.
+        # Size of the body -> mask -> what it leaves -> shape: messages to many databases differ in the third only.
         self._by_size: dict[int, dict[int, dict[int, _Shape]]] = {}
         self._count = 0
         self._misses = 0

@@ -198,6 +198,21 @@ def test_names_that_mean_another_collection_are_refused(database: Database[Docum
     assert database.c.count_documents({}) == 1
 
 
+def test_requests_of_one_shape_keep_their_collections_apart(database: Database[Document]) -> None:
+    """The gateway looks closely at the first of them only."""
+    for name in ("abc", "abd", "abe"):
+        database[name].insert_many([{"_id": number, "from": name} for number in range(5)])
+    for _ in range(3):
+        for name in ("abc", "abd", "abe"):
+            assert database[name].find_one({"_id": 1}) == {"_id": 1, "from": name}
+            assert {document["from"] for document in database[name].find({}, batch_size=2)} == {name}
+        assert code_of(database, {"find": "a\0c", "filter": {"_id": 1}, "limit": 1, "singleBatch": True}) == 73
+    opened = database.command("find", "abc", batchSize=1)["cursor"]["id"]
+    assert code_of(database, {"getMore": Int64(opened), "collection": "abd"}) == 13
+    assert code_of(database, {"getMore": Int64(opened), "collection": "a\0c"}) == 73
+    assert database.command("getMore", Int64(opened), collection="abc")["cursor"]["nextBatch"][0]["_id"] == 1
+
+
 def test_text_that_is_not_utf8_reaches_no_engine(database: Database[Document]) -> None:
     """The engine would repeat it in an error message and take PostgreSQL down with it."""
     broken = RawBSONDocument(encode({"$size": ["XX"]}).replace(b"XX", b"\xff\xfe"))

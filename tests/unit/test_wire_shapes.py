@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from typing import Any
@@ -54,7 +55,7 @@ def test_the_second_of_a_shape_is_not_scanned(shapes: message.Shapes, monkeypatc
 @pytest.mark.parametrize(
     "other",
     [
-        {"find": "x", "filter": {"_id": 1}, "limit": 1, "$db": "d"},
+        {"find": "cc", "filter": {"_id": 1}, "limit": 1, "$db": "d"},
         {"find": "c", "filter": {"_id": 1}, "limit": 1, "$db": "e"},
         {"find": "c", "filter": {"_id": 1}, "limix": 1, "$db": "d"},
         {"find": "c", "filter": ["abcdefgh"[:0] or 1], "limit": 1, "$db": "d"},
@@ -91,8 +92,20 @@ def test_a_shape_says_what_a_scan_says(commands: list[dict[str, Any]], chance: r
                 assert found == (expected or None)
 
 
-def test_many_collections_are_all_remembered(shapes: message.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames = [frame_of({"find": f"tenant{number:03}", "filter": {"_id": 1}, "$db": "d"}) for number in range(1000)]
+@pytest.mark.parametrize("template", ['{"find": "%s", "$db": "d"}', '{"getMore": 1, "collection": "%s", "$db": "d"}'])
+def test_collections_do_not_make_shapes(template: str, shapes: message.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = message.parse(frame_of(json.loads(template % "tenant00000")))
+    monkeypatch.setattr(bson, "scan", None)
+    for number in range(10_000):
+        request = message.parse(frame_of(json.loads(template % f"tenant{number:05}")))
+        assert request.memo is first.memo
+        assert request.string(next(name for name in (b"find", b"collection") if name in request.fields)) == (
+            b"tenant%05d" % number
+        )
+
+
+def test_many_databases_are_all_remembered(shapes: message.Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [frame_of({"find": "c", "filter": {"_id": 1}, "$db": f"tenant{number:03}"}) for number in range(1000)]
     first = [message.parse(frame) for frame in frames]
     monkeypatch.setattr(bson, "scan", None)
     for known, frame in zip(first, frames, strict=True):
@@ -101,7 +114,7 @@ def test_many_collections_are_all_remembered(shapes: message.Shapes, monkeypatch
 
 def test_what_is_remembered_is_bounded(shapes: message.Shapes) -> None:
     for number in range(10_000):
-        message.parse(frame_of({"find": f"c{number:06}", "x" * (number % 400): 1}))
+        message.parse(frame_of({"find": "c", "$db": f"d{number:06}", "x" * (number % 400): 1}))
     kept = [shape for masks in shapes._by_size.values() for known in masks.values() for shape in known]
     assert len(kept) == shapes._count <= message._MOST_SHAPES
     for number in range(100):
