@@ -151,18 +151,22 @@ def _quotient(ours: float, theirs: float) -> float:
     return ours / theirs if theirs else float("nan")
 
 
-def _beside(run: dict[str, Any]) -> list[str]:
-    """How much later point reads are answered while one of the clients aggregates."""
+def _slowdowns(run: dict[str, Any]) -> dict[str, float]:
+    """How much later each target answers point reads while one of the clients aggregates."""
     found = cells(run)
     with_it, without = found.get(("find-beside", 64), {}), found.get(("find", 64), {})
-    factors = [
-        f"{target} {with_it[target].p99 / without[target].p99:.2f}"
+    return {
+        target: with_it[target].p99 / without[target].p99
         for target in with_it
         if with_it[target].p99 and target in without and without[target].p99
-    ]
+    }
+
+
+def _beside(run: dict[str, Any]) -> list[str]:
+    factors = ", ".join(f"{target} {factor:.2f}" for target, factor in _slowdowns(run).items())
     if not factors:
         return []
-    return ["", f"p99 of 63 clients' point reads beside the aggregation, divided by p99 without: {', '.join(factors)}."]
+    return ["", f"p99 of 63 clients' point reads beside the aggregation, divided by p99 without: {factors}."]
 
 
 def _goals(run: dict[str, Any]) -> list[str]:
@@ -187,11 +191,8 @@ def _goals(run: dict[str, Any]) -> list[str]:
     for name, memory in (("memory, just started", fresh), ("memory with idle clients", idle)):
         if memory.get("FerretDB") and memory.get("pg_ferret"):
             goal(name, _GOAL_MEMORY, memory["pg_ferret"] / memory["FerretDB"])
-    with_it = found.get(("find-beside", 64), {}).get("pg_ferret")
-    without = found.get(("find", 64), {}).get("pg_ferret")
-    if with_it and without and with_it.rate and without.rate:
-        goal("(pg_ferret alone) point reads: p99 beside an aggregation by that without", _GOAL_BESIDE,
-             with_it.p99 / without.p99)  # fmt: skip
+    if slowdown := _slowdowns(run).get("pg_ferret"):
+        goal("(pg_ferret alone) point reads: p99 beside an aggregation by that without", _GOAL_BESIDE, slowdown)
     return lines if len(lines) > 5 else []
 
 

@@ -47,8 +47,6 @@ class Listener:
     ) -> None:
         self.address = address
         self._socket = listening
-        # accept() asks its socket for these each time, which takes longer than to accept.
-        self._kind = listening.family, listening.type, listening.proto
         self._loop = loop
         self._balance = balance
         self._accepted = accepted
@@ -92,9 +90,8 @@ class Listener:
         return self._balance.room()
 
     def _take(self) -> tuple[socket.socket, Address] | None:
-        # What socket.accept() calls itself; there is no public name for it.
-        descriptor, address = self._socket._accept()  # type: ignore[attr-defined]
-        return socket.socket(*self._kind, descriptor), address or self._socket.getsockname()
+        client, address = self._socket.accept()
+        return client, address or self._socket.getsockname()
 
     def close(self) -> None:
         """Stop accepting; the other workers' sockets stay open."""

@@ -42,7 +42,7 @@ type client struct {
 	random    *rand.Rand
 	zipf      *rand.Zipf
 	db        *mongo.Database
-	records   []record // what it inserts, 100 at most at once
+	records   []record // what it inserts, made when it first does
 	latencies []time.Duration
 	errors    int
 	err       error
@@ -115,13 +115,6 @@ func measure(ctx context.Context, db *mongo.Database, op operation, count int, s
 	for i := range clients {
 		random := rand.New(rand.NewPCG(uint64(i), 2026))
 		clients[i] = &client{number: i, random: random, zipf: rand.NewZipf(random, 1.1, 8, documents-1), db: db}
-		for range 100 {
-			r, err := newRecord(random)
-			if err != nil {
-				return nil, err
-			}
-			clients[i].records = append(clients[i].records, r)
-		}
 	}
 	// Every connection is opened, and every path walked once or more, before the clock starts.
 	warm := time.Now().Add(300 * time.Millisecond)

@@ -83,6 +83,23 @@ func newRecord(random *rand.Rand) (record, error) {
 	return record{document: document, id: field("_id"), score: field("score")}, nil
 }
 
+// fresh is so many documents that were not inserted before; they last until the next call.
+func (c *client) fresh(count int) ([]any, error) {
+	for len(c.records) < count {
+		r, err := newRecord(c.random)
+		if err != nil {
+			return nil, err
+		}
+		c.records = append(c.records, r)
+	}
+	batch := make([]any, count)
+	for i := range batch {
+		c.records[i].next(c.random)
+		batch[i] = c.records[i].document
+	}
+	return batch, nil
+}
+
 func (r record) next(random *rand.Rand) {
 	id := bson.NewObjectID()
 	copy(r.id, id[:])
@@ -163,8 +180,11 @@ func findAnywhere(ctx context.Context, c *client) error {
 }
 
 func insert(ctx context.Context, c *client) error {
-	c.records[0].next(c.random)
-	_, err := c.db.Collection("inserted").InsertOne(ctx, c.records[0].document)
+	one, err := c.fresh(1)
+	if err != nil {
+		return err
+	}
+	_, err = c.db.Collection("inserted").InsertOne(ctx, one[0])
 	return err
 }
 
@@ -200,12 +220,11 @@ func findAndModify(ctx context.Context, c *client) error {
 }
 
 func insertMany(ctx context.Context, c *client) error {
-	batch := make([]any, len(c.records))
-	for i, r := range c.records {
-		r.next(c.random)
-		batch[i] = r.document
+	batch, err := c.fresh(100)
+	if err != nil {
+		return err
 	}
-	_, err := c.db.Collection("inserted").InsertMany(ctx, batch)
+	_, err = c.db.Collection("inserted").InsertMany(ctx, batch)
 	return err
 }
 

@@ -39,31 +39,33 @@ def collection(request: Request, field: bytes | None = None) -> bytes:
     name = request.frame[span[1] + 4 : span[2] - 1]
     # A NUL would end the name early on its way to the engine, and another collection would be meant.
     if not name or 0 in name or len(name) > _MAX_COLLECTION_BYTES:
-        raise invalid_namespace(request)
+        raise _invalid_namespace(request)
     return name
 
 
-def invalid_namespace(request: Request) -> CommandError:
-    """The error for a collection that cannot be."""
+def _invalid_namespace(request: Request) -> CommandError:
     return CommandError(73, f"Invalid namespace specified '{database(request).decode('utf-8', 'replace')}.'")
 
 
 class Namespace(NamedTuple):
-    """Where to find the namespace in requests of one shape, whose collections' names differ but not in length.
-
-    What is left to be looked at in each of them is whether the name has a NUL in it: see `invalid_namespace`.
-    """
+    """Where to find the namespace in requests of one shape, whose collections' names differ but not in length."""
 
     prefix: bytes  # the database and a dot
     name: slice
 
     @classmethod
     def of(cls, request: Request, field: bytes | None = None) -> Namespace:
-        """Raises CommandError."""
-        prefix = database(request) + b"."
+        """Raises CommandError, as `collection` does."""
         collection(request, field)
         _, start, end = request.fields[field or request.name]
-        return cls(prefix, slice(start + 4, end - 1))
+        return cls(database(request) + b".", slice(start + 4, end - 1))
+
+    def read(self, request: Request) -> bytes:
+        """The namespace of a request of this shape; raises CommandError."""
+        name = request.frame[self.name]
+        if 0 in name:  # all that `collection` looks at and that is not the same in all of them
+            raise _invalid_namespace(request)
+        return self.prefix + name
 
 
 def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryview:

@@ -7,15 +7,7 @@ from collections.abc import Awaitable
 from typing import NamedTuple
 
 from pg_ferret.commands import write_errors
-from pg_ferret.commands.arguments import (
-    Namespace,
-    collection,
-    database,
-    invalid_namespace,
-    session,
-    spec,
-    unchanged,
-)
+from pg_ferret.commands.arguments import Namespace, collection, database, session, spec, unchanged
 from pg_ferret.engine import calls
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.shared import Shared
@@ -54,8 +46,7 @@ class _Find(NamedTuple):
     """What there is to know of a find before its collection and its filter are looked at."""
 
     db: bytes
-    prefix: bytes  # of the namespace: the database and a dot
-    name: slice  # where the collection's name is in the frame
+    namespace: Namespace
     rewritten: bool  # the engine must not see it as it came
     filter: bson.Span | None  # of a read that may share a connection
 
@@ -69,20 +60,17 @@ async def find(request: Request, client: Client) -> bytes:
         # A flag that is a number may be another one in the next request of the shape.
         if memo is not None and all(request.fields[name][0] == bson.BOOL for name in _FLAGS & request.fields.keys()):
             memo["find"] = known
-    db, prefix, named, rewritten, span = known
+    db, named, rewritten, span = known
+    namespace = named.read(request)
     frame = request.frame
-    name = frame[named]
-    if 0 in name:
-        raise invalid_namespace(request)
-    namespace = prefix + name
     body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
     if span is None:
         row = await client.services.engine.call(calls.FIND, (db, body))
     else:
         # Of about the same cost: the same first condition by name and type, about the same length.
         _, start, end = span
-        stop = frame.find(0, start + 5, end)
-        shape = hash((namespace, frame[start + 4 : max(stop, start + 4)], (end - start) >> 5))
+        first = start + 4  # its type; in an empty filter the NUL at the end
+        shape = hash((namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5))
         row = await client.services.engine.share(Shared(calls.FIND, (db, body), namespace, shape))
     if row[1] is None:
         page = row[0]
@@ -101,7 +89,7 @@ def _look_at(request: Request) -> _Find:
     shares = (
         request.true(b"singleBatch") and _ALONE.isdisjoint(fields) and span is not None and span[0] == bson.DOCUMENT
     )
-    return _Find(db, *Namespace.of(request), not unchanged(request), span if shares else None)
+    return _Find(db, Namespace.of(request), not unchanged(request), span if shares else None)
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")

@@ -6,7 +6,7 @@ import time
 from struct import Struct
 from typing import NamedTuple
 
-from pg_ferret.commands.arguments import Namespace, collection, database, invalid_namespace, spec, unchanged
+from pg_ferret.commands.arguments import Namespace, collection, database, spec, unchanged
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
@@ -28,8 +28,7 @@ class _GetMore(NamedTuple):
     """What there is to know of a getMore before its cursor is looked at."""
 
     db: bytes
-    prefix: bytes  # of the namespace: the database and a dot
-    name: slice  # where the collection's name is in the frame
+    namespace: Namespace
     rewritten: bool  # the engine must not see it as it came
     id_at: int  # where the cursor's id is in the frame
 
@@ -43,12 +42,9 @@ async def get_more(request: Request, client: Client) -> bytes:
         known = _look_at(request)
         if memo is not None:
             memo["getMore"] = known
-    db, prefix, named, rewritten, id_at = known
+    db, named, rewritten, id_at = known
+    namespace = named.read(request)
     frame = request.frame
-    name = frame[named]
-    if 0 in name:
-        raise invalid_namespace(request)
-    namespace = prefix + name
     (cursor_id,) = _int64(frame, id_at)
     cursor = services.cursors.get(cursor_id)
     if cursor is None:
@@ -78,7 +74,7 @@ def _look_at(request: Request) -> _GetMore:
     if kind != bson.INT64:
         raise CommandError(14, "Field 'getMore' must be of type long")
     db = database(request)
-    return _GetMore(db, *Namespace.of(request, b"collection"), not unchanged(request), start)
+    return _GetMore(db, Namespace.of(request, b"collection"), not unchanged(request), start)
 
 
 def _not_the_owner(cursor: Cursor, cursor_id: int, namespace: bytes) -> CommandError:
