@@ -25,6 +25,8 @@ DAY = 24 * HOUR
 _ADDRESS = re.compile(r"(?:([A-Za-z0-9._-]+)|\[([0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\]):([0-9]{1,5})", re.ASCII)
 # What fits into sockaddr_un.
 _SOCKET_PATH_BYTES = 107
+# Of a worker's connections to PostgreSQL one serves the cheap reads; writers need several for a commit in common.
+_CONNECTIONS_EACH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,10 @@ class Settings(BaseModel, frozen=True):
     workers: Annotated[
         int,
         Field(ge=0, le=1024),
-        Guc("Worker processes; 0 is one for each CPU core. Never more than ferretdb.max_workers."),
+        Guc(
+            "Worker processes; 0 is one for each CPU core, as far as ferretdb.pool_max_conns has four connections for"
+            " each. Never more than ferretdb.max_workers."
+        ),
     ] = 0
     max_workers: Annotated[
         int, Field(ge=1, le=1024), Guc("Limit of ferretdb.workers: the size of the status table.", restart=True)
@@ -189,7 +194,8 @@ class Settings(BaseModel, frozen=True):
 
     def worker_count(self) -> int:
         """How many workers there are to be, at least 1."""
-        return min(self.workers or len(os.sched_getaffinity(0)), self.max_workers)
+        supplied = max(1, self.pool_max_conns // _CONNECTIONS_EACH)
+        return min(self.workers or min(len(os.sched_getaffinity(0)), supplied), self.max_workers)
 
     @field_validator("listen_addr", mode="before")
     @classmethod

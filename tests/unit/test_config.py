@@ -163,12 +163,24 @@ def test_settings_are_frozen() -> None:
         Settings().workers = 3  # type: ignore[misc]
 
 
-def test_worker_count() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert Settings().worker_count() == min(cores, 64)
-    assert Settings(workers=7).worker_count() == 7
-    assert Settings(workers=7, max_workers=3).worker_count() == 3
-    assert Settings(workers=0, max_workers=1).worker_count() == 1
+@pytest.mark.parametrize(
+    ("cores", "settings", "workers"),
+    [
+        (2, {}, 2),
+        (10, {}, 10),
+        (32, {}, 10),
+        (32, {"pool_max_conns": 80}, 20),
+        (32, {"pool_max_conns": 7}, 1),
+        (32, {"pool_max_conns": 1}, 1),
+        (32, {"max_workers": 3}, 3),
+        (2, {"workers": 7}, 7),
+        (2, {"workers": 7, "max_workers": 3}, 3),
+        (2, {"workers": 12, "pool_max_conns": 12}, 12),
+    ],
+)
+def test_worker_count(monkeypatch: pytest.MonkeyPatch, cores: int, settings: dict[str, int], workers: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert Settings(**settings).worker_count() == workers  # type: ignore[arg-type]
 
 
 # -- addresses --------------------------------------------------------------------------------------------------------
