@@ -180,7 +180,7 @@ def test_settings_are_frozen() -> None:
 )
 def test_worker_count(monkeypatch: pytest.MonkeyPatch, cores: int, settings: dict[str, int], workers: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert Settings(**settings).worker_count() == workers  # type: ignore[arg-type]
+    assert Settings.model_validate(settings).worker_count() == workers
 
 
 # -- addresses --------------------------------------------------------------------------------------------------------
