@@ -30,7 +30,6 @@ _SETTINGS = {
     "checkpoint_timeout": "1h",
     # Its work would be booked on whoever is measured while it runs.
     "autovacuum": "off",
-    "ferretdb.workers": "2",
     "ferretdb.max_connections": "20000",
 }
 # pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
@@ -133,15 +132,17 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
         idle = [idle_memory(target, plan.idle) for target in targets if target.name != Pgbench.name]
         samples = measure(targets, plan)
         loaded = {target.name: target.memory() for target in targets}
+        # Before the growth of cost is measured: that changes the number of workers.
+        versions = {
+            "PostgreSQL": cluster.psql("show server_version")[0][0],
+            "DocumentDB": cluster.psql("select extversion from pg_extension where extname = 'documentdb'")[0][0],
+            **{target.name: target.version() for target in targets},
+        }
         grown = growth.measure(ours, plan.cursors, plan.collections, plan.seconds, say) if plan.cursors else []
         return {
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "machine": machine(),
-            "versions": {
-                "PostgreSQL": cluster.psql("show server_version")[0][0],
-                "DocumentDB": cluster.psql("select extversion from pg_extension where extname = 'documentdb'")[0][0],
-                **{target.name: target.version() for target in targets},
-            },
+            "versions": versions,
             "settings": _SETTINGS,
             "rounds": plan.rounds,
             "seconds": plan.seconds,

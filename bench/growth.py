@@ -32,10 +32,10 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
                 samples.append(sample)
                 say(f"{condition}: {point.op} {sample.ops / sample.seconds:,.0f}/s")
 
-    under("2 workers")
     _resize(target, 1)
     under("1 worker")
     _resize(target, 2)
+    under("2 workers")
     with MongoClient[dict[str, Any]](target.uri, maxPoolSize=_THREADS) as client:
         database = client[target.database]
 

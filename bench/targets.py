@@ -173,7 +173,8 @@ class PgFerret(Target):
 
     def version(self) -> str:
         python = subprocess.run(["/usr/bin/python3", "--version"], capture_output=True, text=True, check=True)
-        return f"{self.cluster.psql('show ferretdb.workers')[0][0]} workers, {python.stdout.strip()}"
+        workers = sum(row["kind"] == "worker" for row in self.cluster.status())
+        return f"{workers} worker{'s' * (workers != 1)}, {python.stdout.strip()}"
 
 
 class FerretDB(Target):

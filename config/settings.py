@@ -86,8 +86,8 @@ class Settings(BaseModel, frozen=True):
         int,
         Field(ge=0, le=1024),
         Guc(
-            "Worker processes; 0 is one for each CPU core, as far as ferretdb.pool_max_conns has four connections for"
-            " each. Never more than ferretdb.max_workers."
+            "Worker processes; 0 is one for every two CPU cores, as far as ferretdb.pool_max_conns has four connections"
+            " for each. Never more than ferretdb.max_workers."
         ),
     ] = 0
     max_workers: Annotated[
@@ -194,8 +194,11 @@ class Settings(BaseModel, frozen=True):
 
     def worker_count(self) -> int:
         """How many workers there are to be, at least 1."""
+        # A request takes PostgreSQL at least as much CPU time as its worker: with more workers than this, the two
+        # only take turns on a core, and each finds fewer requests to send off together.
+        needed = (len(os.sched_getaffinity(0)) + 1) // 2
         supplied = max(1, self.pool_max_conns // _CONNECTIONS_EACH)
-        return min(self.workers or min(len(os.sched_getaffinity(0)), supplied), self.max_workers)
+        return min(self.workers or min(needed, supplied), self.max_workers)
 
     @field_validator("listen_addr", mode="before")
     @classmethod

@@ -69,7 +69,7 @@ define_settings(void)
 		0,
 		NULL, NULL, show_octal);
 	DefineCustomIntVariable("ferretdb.workers",
-		"Worker processes; 0 is one for each CPU core, as far as ferretdb.pool_max_conns has four connections for each. Never more than ferretdb.max_workers.",
+		"Worker processes; 0 is one for every two CPU cores, as far as ferretdb.pool_max_conns has four connections for each. Never more than ferretdb.max_workers.",
 		NULL,
 		&ferret_workers,
 		0,

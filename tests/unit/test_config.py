@@ -166,10 +166,12 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("cores", "settings", "workers"),
     [
-        (2, {}, 2),
-        (10, {}, 10),
+        (1, {}, 1),
+        (2, {}, 1),
+        (3, {}, 2),
+        (8, {}, 4),
         (32, {}, 10),
-        (32, {"pool_max_conns": 80}, 20),
+        (32, {"pool_max_conns": 80}, 16),
         (32, {"pool_max_conns": 7}, 1),
         (32, {"pool_max_conns": 1}, 1),
         (32, {"max_workers": 3}, 3),
