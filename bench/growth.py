@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from bson import Int64
 from pymongo import MongoClient
 
 from bench.plan import Point
@@ -39,8 +40,9 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
     with MongoClient[dict[str, Any]](target.uri, maxPoolSize=_THREADS) as client:
         database = client[target.database]
 
-        def open_cursor(_: int) -> int:
-            return int(database.command("find", "docs", batchSize=1)["cursor"]["id"])
+        def open_cursor(_: int) -> Int64:
+            # PyMongo would send an id of less than 32 bits as an int, which killCursors refuses, as MongoDB does.
+            return Int64(database.command("find", "docs", batchSize=1)["cursor"]["id"])
 
         def create(number: int) -> None:
             client[f"{target.database}_many"].create_collection(f"c{number}", check_exists=False)

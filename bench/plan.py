@@ -23,6 +23,8 @@ TITLES = {
     "find-1MB": "find a document of 1 MB",
     "find-anywhere": "find by _id in any of 10,000 collections",
     "find-beside": "find by _id, one of the clients aggregates 1,000,000 rows",
+    "find-paced": "find by _id, 4,000 a second",
+    "find-paced-beside": "find by _id, 4,000 a second, one of the clients aggregates 1,000,000 rows",
     "connect": "connect, hello, close",
 }
 
@@ -94,6 +96,8 @@ FULL = Plan(
         insert_1MB=(4,),
         find_1MB=(4,),
         find_beside=(64,),
+        find_paced=(64,),
+        find_paced_beside=(64,),
         connect=(16,),
     ),
     rounds=5,

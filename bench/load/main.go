@@ -1,4 +1,5 @@
-// Command load drives one MongoDB server with one operation, closed loop, through the official Go driver.
+// Command load drives one MongoDB server with one operation through the official Go driver: in a closed loop, or at the
+// operation's rate, if it has one.
 //
 // With -setup it loads the documents that the operations read. Otherwise it connects, prepares, prints "ready", waits
 // for a line on standard input, runs for -seconds, prints one JSON object (type result), and cleans up. Its caller takes
@@ -137,12 +138,23 @@ func measure(ctx context.Context, db *mongo.Database, op operation, count int, s
 		if op.other != nil && c.number == 0 {
 			step = op.other
 		}
-		for now := time.Now(); now.Before(end); {
+		paced := op.rate != 0 && (op.other == nil || c.number != 0)
+		pace := time.Duration(0)
+		if paced {
+			pace = time.Duration(count) * time.Second / time.Duration(op.rate)
+		}
+		due := start.Add(pace * time.Duration(c.number) / time.Duration(count))
+		for now := start; now.Before(end); {
+			then := now
+			if paced {
+				// A request that is sent late has waited since it was due: whoever takes long is not asked less.
+				then, due = due, due.Add(pace)
+				time.Sleep(time.Until(then))
+			}
 			err := step(ctx, c)
 			if err == errExhausted {
 				return
 			}
-			then := now
 			now = time.Now()
 			if err != nil {
 				c.errors, c.err = c.errors+1, err
