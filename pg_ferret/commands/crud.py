@@ -65,18 +65,14 @@ async def find(request: Request, client: Client) -> bytes:
     frame = request.frame
     body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
     if span is None:
-        row = await client.services.engine.call(calls.FIND, (db, body))
-    else:
-        # Of about the same cost: the same first condition by name and type, about the same length.
-        _, start, end = span
-        first = start + 4  # its type; in an empty filter the NUL at the end
-        shape = hash((namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5))
-        row = await client.services.engine.share(Shared(calls.FIND, (db, body), namespace, shape))
-    if row[1] is None:
-        page = row[0]
-        assert page is not None
-        return page
-    return _page(row, namespace, request, client)
+        return _page(await client.services.engine.call(calls.FIND, (db, body)), namespace, request, client)
+    # Of about the same cost: the same first condition by name and type, about the same length.
+    _, start, end = span
+    first = start + 4  # its type; in an empty filter the NUL at the end
+    shape = hash((namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5))
+    page = (await client.services.engine.finds.share(Shared(calls.FIND, (db, body), namespace, shape)))[0]
+    assert page is not None
+    return page
 
 
 def _look_at(request: Request) -> _Find:

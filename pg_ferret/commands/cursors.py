@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pg_ferret.commands.arguments import Namespace, collection, database, spec, unchanged
 from pg_ferret.engine import calls
+from pg_ferret.engine.shared import Shared
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client, Services
@@ -17,6 +18,9 @@ from pg_ferret.wire.message import Request
 
 # The engine's CursorNotFound: its file has gone.
 _GONE = "M000E"
+_NO_SIZE = (0, 0, 0)
+# The beginning of the command that opened a streaming cursor, in its continuation: the filter's first condition, say.
+_COMMAND = slice(29, 97)
 _int64 = Struct("<q").unpack_from
 
 
@@ -31,6 +35,7 @@ class _GetMore(NamedTuple):
     namespace: Namespace
     rewritten: bool  # the engine must not see it as it came
     id_at: int  # where the cursor's id is in the frame
+    size: bson.Span  # and the batch's size; empty if none is given
 
 
 @command("getMore", help="Returns the next documents of a cursor.")
@@ -42,7 +47,7 @@ async def get_more(request: Request, client: Client) -> bytes:
         known = _look_at(request)
         if memo is not None:
             memo["getMore"] = known
-    db, named, rewritten, id_at = known
+    db, named, rewritten, id_at, (_, size_start, size_end) = known
     namespace = named.read(request)
     frame = request.frame
     (cursor_id,) = _int64(frame, id_at)
@@ -54,7 +59,13 @@ async def get_more(request: Request, client: Client) -> bytes:
         raise _not_the_owner(cursor, cursor_id, namespace)
     body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
     try:
-        page, following = await services.engine.call(calls.GET_MORE, (db, body, continuation))
+        if calls.streams(continuation):
+            # Of about the same cost: as many documents of a result by the same command, as far as one can see.
+            shape = hash((namespace, frame[size_start:size_end], continuation[_COMMAND]))
+            read = Shared(calls.GET_MORE, (db, body, continuation), namespace, shape)
+            page, following = await services.engine.get_mores.share(read)
+        else:
+            page, following = await services.engine.call(calls.GET_MORE, (db, body, continuation))
     except EngineError as error:
         if error.sqlstate == _GONE:
             services.cursors.remove([cursor_id])
@@ -74,7 +85,8 @@ def _look_at(request: Request) -> _GetMore:
     if kind != bson.INT64:
         raise CommandError(14, "Field 'getMore' must be of type long")
     db = database(request)
-    return _GetMore(db, Namespace.of(request, b"collection"), not unchanged(request), start)
+    size = request.fields.get(b"batchSize", _NO_SIZE)
+    return _GetMore(db, Namespace.of(request, b"collection"), not unchanged(request), start, size)
 
 
 def _not_the_owner(cursor: Cursor, cursor_id: int, namespace: bytes) -> CommandError:

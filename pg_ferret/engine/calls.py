@@ -17,6 +17,10 @@ _DB_BSON = (TEXT, BINARY)
 _DB_BSON_BSON = (TEXT, BINARY, BINARY)
 _DB_TEXT = (TEXT, TEXT)
 
+# A continuation begins with {qi: <int64>, qp: <whether the rest of the result is kept somewhere>}.
+_KEEPS_AT: Final = 4 + len(b"\x12qi\0") + 8
+_KEEPS_NOTHING: Final = b"\x08qp\0\0"
+
 
 class Call(NamedTuple):
     """One statement: its name as a prepared statement, its text, its parameters' formats."""
@@ -24,6 +28,14 @@ class Call(NamedTuple):
     name: bytes
     sql: bytes
     formats: tuple[int, ...]
+
+
+def streams(continuation: bytes) -> bool:
+    """Whether a cursor is nothing but a position in its collection: the page behind it can be read again.
+
+    Otherwise the engine keeps the result, in a file that goes with its last page, or in the transaction.
+    """
+    return continuation[_KEEPS_AT : _KEEPS_AT + len(_KEEPS_NOTHING)] == _KEEPS_NOTHING
 
 
 def _call(name: str, sql: str, formats: tuple[int, ...]) -> Call:

@@ -19,11 +19,11 @@ import psycopg_pool
 import structlog
 
 from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import Call
+from pg_ferret.engine.calls import FIND, GET_MORE, Call
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
 from pg_ferret.engine.scheduling import schedule
-from pg_ferret.engine.shared import Costs, Owner, Shared, SharedLine
+from pg_ferret.engine.shared import Costs, Lines, Owner, Shared, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.errors import CommandError
 
@@ -39,6 +39,10 @@ _CLOSE_SECONDS = 0.5
 _INSTALLING_SECONDS = 5.0
 # How often somebody looks after the requests that wait for a connection.
 _LOOK_SECONDS = 0.05
+# A page takes PostgreSQL ten times a point read's time: two of its processes keep two cores busy, as many as there are
+# for each worker (Settings.worker_count).
+_LINES_OF_FINDS = 1
+_LINES_OF_GET_MORES = 2
 _log = structlog.get_logger()
 
 
@@ -86,8 +90,10 @@ class Pool:
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._costs = Costs()
-        self._line: SharedLine | None = None
-        self._line_wanted: Call | None = None  # there is none, and this is what it should have prepared
+        self.finds = Lines(FIND, self._measure)
+        self.get_mores = Lines(GET_MORE, self._measure)
+        self._lines_wanted: list[Lines] = []  # a line more is due, on the next connection that fits
+        self._allot_lines()
         self._owner = Owner(self._elsewhere, self._line_ended, self._line_stalled)
         self._elsewhere_now: dict[asyncio.Task[None], asyncio.Future[Row]] = {}
         self._closed = False
@@ -107,12 +113,12 @@ class Pool:
     @property
     def size(self) -> int:
         """Connections leased."""
-        return len(self._all) + (self._line is not None)
+        return len(self._all) + len(self.finds.all) + len(self.get_mores.all)
 
     @property
     def in_use(self) -> int:
         """Connections that serve a request now."""
-        return len(self._all) - len(self._idle) + (self._line is not None and self._line.busy)
+        return len(self._all) - len(self._idle) + sum(line.busy for line in self._lines())
 
     @property
     def waiting(self) -> int:
@@ -143,8 +149,8 @@ class Pool:
         if running:
             await asyncio.wait(running, timeout=_CLOSE_SECONDS)
         self._all.update(self._unheeding)
-        if (line := self._line) is not None:
-            self._line = None
+        for line in self._lines():
+            self._remove_line(line)
             line.drop()
             await self._put_back(line)
         for backend in tuple(self._all):
@@ -154,15 +160,13 @@ class Pool:
     async def resize(self, limits: Limits) -> None:
         """Live under new limits; connections above them go when they are next idle."""
         if limits.batch != self._limits.batch:
-            for pipeline in (*self._all, *self._unheeding, self._line):
-                if pipeline is not None:
-                    schedule(pipeline.pid, batch=limits.batch)
+            for pipeline in (*self._all, *self._unheeding, *self._lines()):
+                schedule(pipeline.pid, batch=limits.batch)
         self._limits = limits
+        self._allot_lines()
         if not self._open:
             return
         await self._resize_source()
-        if limits.largest < 2 and self._line is not None:
-            self._line.retire()
         while self._idle and self.size > limits.largest:
             await self._give_back(self._idle[0])
         for _ in range(limits.smallest - len(self._all) - self._growing):
@@ -180,14 +184,16 @@ class Pool:
             return self._idle.pop().execute(call, params, timeout_ms)
         return self._wait(call, params, timeout_ms).waiter
 
-    def share(self, read: Shared) -> Awaitable[Row]:
-        """As `call`, for reads: those whose shape has been cheap lately share one connection."""
-        line = self._line
-        if line is not None and line.takes(read):
-            return line.add(read)
-        return self._measured(read)
+    def _lines(self) -> list[SharedLine]:
+        return self.finds.all + self.get_mores.all
 
-    async def _measured(self, read: Shared) -> Row:
+    def _allot_lines(self) -> None:
+        """Half of the connections are for those who need one of their own."""
+        room = self._limits.largest // 2
+        self.finds.allot(min(_LINES_OF_FINDS, room))
+        self.get_mores.allot(min(_LINES_OF_GET_MORES, max(0, room - _LINES_OF_FINDS)))
+
+    async def _measure(self, lines: Lines, read: Shared) -> Row:
         if self._idle:
             started = self._loop.time()
             row = await self._idle.pop().execute(read.call, read.params)
@@ -196,37 +202,46 @@ class Pool:
             row = await request.waiter
             started = request.started
         self._costs.note(read.shape, self._loop.time() - started)
-        if self._line is None and self._line_wanted is None:
-            self._line_wanted = read.call
+        if lines.due and lines not in self._lines_wanted:
+            self._lines_wanted.append(lines)
             if self._idle and self._becomes_line(self._idle[-1]):
                 self._idle.pop()
         return row
 
     def _becomes_line(self, backend: Backend) -> bool:
-        """Make a connection that is free the shared one, if there is to be one and it fits."""
-        call = self._line_wanted
-        if call is None or self._limits.largest < 2 or backend.swollen or not backend.has_prepared(call):
-            return False
-        self._line_wanted = None
-        self._all.discard(backend)
-        backend.detach()
-        self._line = SharedLine(backend.connection, self._loop, call, self._costs, self._owner)
-        self._grow_if_needed()
-        return True
+        """Make a connection that is free a shared one, if one is due and it fits."""
+        for lines in self._lines_wanted:
+            if backend.swollen or not backend.has_prepared(lines.call):
+                continue
+            if len(self._all) < 2:  # never the last one: PostgreSQL might have no other for us
+                if not self._growing:
+                    self._grow()
+                return False
+            self._lines_wanted.remove(lines)
+            if not lines.due:
+                return False
+            self._all.discard(backend)
+            backend.detach()
+            lines.add(SharedLine(backend.connection, self._loop, lines.call, self._costs, self._owner))
+            self._grow_if_needed()
+            return True
+        return False
 
-    def _line_ended(self) -> None:
-        line, self._line = self._line, None
-        if line is not None:
+    def _remove_line(self, line: SharedLine) -> bool:
+        return self.finds.remove(line) or self.get_mores.remove(line)
+
+    def _line_ended(self, line: SharedLine) -> None:
+        if self._remove_line(line):
             self._spawn(self._put_back(line))
 
-    def _line_stalled(self, namespace: bytes) -> None:
-        """A read on the shared connection goes on and on: it is cancelled there as if its client had gone."""
-        line, self._line = self._line, None
-        if line is not None:
+    def _line_stalled(self, line: SharedLine, read: Shared) -> None:
+        """A read on a shared connection goes on and on: it is cancelled there as if its client had gone."""
+        if self._remove_line(line):
             backend = Backend(line.connection, self._loop, self._release, self._ended)
             backend.abandon()
             self._all.add(backend)
-            self._spawn(self._recover(backend, "find " + namespace.decode("utf-8", "replace")))
+            command = "find" if read.call is FIND else "getMore"
+            self._spawn(self._recover(backend, f"{command} {read.namespace.decode('utf-8', 'replace')}"))
 
     def _elsewhere(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
         task = self._spawn(self._again(read, waiter))
@@ -293,7 +308,7 @@ class Pool:
         if backend.spent or self.size > self._limits.largest:
             self._spawn(self._give_back(backend))
             return
-        if self._line_wanted is not None and self._becomes_line(backend):
+        if self._lines_wanted and self._becomes_line(backend):
             return
         while self._waiting:
             request = self._waiting.popleft()
@@ -406,10 +421,11 @@ class Pool:
             spare = len(self._all) > self._limits.smallest and backend.idle_ticks > _IDLE_TICKS
             if backend.lost or spare or backend.swollen:
                 await self._give_back(backend)
-        if (line := self._line) is not None and not line.busy:
-            line.idle_ticks += 1
-            if line.swollen or line.idle_ticks > _IDLE_TICKS:
-                line.retire()
+        for line in self._lines():
+            if not line.busy:
+                line.idle_ticks += 1
+                if line.swollen or line.idle_ticks > _IDLE_TICKS:
+                    line.retire()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)

@@ -1,4 +1,4 @@
-"""One connection for the cheap reads of many clients.
+"""Connections for the cheap reads of many clients.
 
 A point read takes PostgreSQL less time than it takes to wake a process up, so the reads that arrive in one turn of the
 event loop go out together: one write, one transaction, one answer.  Whoever turns out to be slow is measured on a
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import psycopg
@@ -40,7 +40,7 @@ _MOST_SHAPES = 10_000
 
 
 class Shared(NamedTuple):
-    """A read that may share a connection."""
+    """A read that may share a connection: its result is a page and, if it goes on, the continuation."""
 
     call: Call
     params: Params
@@ -74,8 +74,8 @@ class Owner(NamedTuple):
     """What the pool does for the line."""
 
     elsewhere: Callable[[Shared, asyncio.Future[Row]], None]  # run a read on a connection of its own
-    ended: Callable[[], None]  # the line serves no more; called once
-    stalled: Callable[[bytes], None]  # instead: it was given up with a read of this namespace under way
+    ended: Callable[[SharedLine], None]  # the line serves no more; called once
+    stalled: Callable[[SharedLine, Shared], None]  # instead: it was given up with this read under way
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]
@@ -115,6 +115,11 @@ class SharedLine(Pipeline):
         if read.call is not self._call or not self._costs.cheap(read.shape) or len(self._filling) >= _MOST_WAITING:
             return False
         return not self._batches or self._loop.time() <= self._late
+
+    @property
+    def waiting(self) -> int:
+        """Reads in the line."""
+        return len(self._filling) + sum(map(len, self._batches)) - self._answered
 
     def add(self, read: Shared) -> asyncio.Future[Row]:
         """The future gets the first row of the result; it raises EngineError or EngineLostError."""
@@ -164,7 +169,7 @@ class SharedLine(Pipeline):
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
             if not waiter.done():
-                waiter.set_result((page, get(0, 1), get(0, 2)) if result.ntuples else ())
+                waiter.set_result((page, get(0, 1)))
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
         elif status != PIPELINE_ABORTED:
@@ -210,7 +215,7 @@ class SharedLine(Pipeline):
             waiting = self._give_up()
             first, _ = waiting[0]
             self._costs.note(first.shape, STALL_SECONDS)
-            self._owner.stalled(first.namespace)
+            self._owner.stalled(self, first)
             for one in waiting:
                 self._elsewhere(*one)
 
@@ -234,15 +239,70 @@ class SharedLine(Pipeline):
         for _, waiter in self._give_up():
             if not waiter.done():
                 waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
-        self._owner.ended()
+        self._owner.ended(self)
 
     def retire(self) -> None:
         """Take nobody any more, and end when those who wait have their answers."""
         self._call = None
         if not self.busy and not self._filling and not self.lost:
             self.detach()
-            self._owner.ended()
+            self._owner.ended(self)
 
     def drop(self) -> None:
         """Give the connection up, whatever it does."""
         self._end()
+
+
+class Lines:
+    """The connections that reads by one call share: more than one only if there is work for more."""
+
+    __slots__ = ("_measured", "_most", "_only", "all", "call")
+
+    def __init__(self, call: Call, measured: Callable[[Lines, Shared], Awaitable[Row]]) -> None:
+        """`measured` runs a read on a connection of its own, to learn what it costs or because another line is due."""
+        self.call = call
+        self.all: list[SharedLine] = []
+        self._most = 0
+        self._only: SharedLine | None = None  # there is one, and there will be no other
+        self._measured = measured
+
+    def share(self, read: Shared) -> Awaitable[Row]:
+        """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
+        if (only := self._only) is not None and only.takes(read):
+            return only.add(read)
+        line = min((line for line in self.all if line.takes(read)), key=_waiting, default=None)
+        if line is None or (line.waiting and self.due):
+            return self._measured(self, read)
+        return line.add(read)
+
+    @property
+    def due(self) -> bool:
+        """Whether there may be another line."""
+        return len(self.all) < self._most
+
+    def allot(self, most: int) -> None:
+        """So many there may be; those beyond take nobody any more."""
+        self._most = most
+        self._changed()
+        for line in self.all[most:]:
+            line.retire()
+
+    def add(self, line: SharedLine) -> None:
+        """One more."""
+        self.all.append(line)
+        self._changed()
+
+    def remove(self, line: SharedLine) -> bool:
+        """It is gone; tells whether it was one of these."""
+        if line not in self.all:
+            return False
+        self.all.remove(line)
+        self._changed()
+        return True
+
+    def _changed(self) -> None:
+        self._only = self.all[0] if len(self.all) == self._most == 1 else None
+
+
+def _waiting(line: SharedLine) -> int:
+    return line.waiting

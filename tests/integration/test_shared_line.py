@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from bson import decode, encode
+from bson import Int64, decode, encode
 from pymongo import MongoClient
 
 from dev.cluster import Cluster
@@ -27,6 +27,7 @@ Document = dict[str, Any]
 MakePool = Callable[[int], AbstractAsyncContextManager[Pool]]
 _PATIENCE_SECONDS = 10.0
 _SHAPE = 1
+_PAGE = 2
 
 
 @pytest.fixture
@@ -56,6 +57,25 @@ def find(number: int, collection: str = "c", condition: object = None) -> Shared
     return Shared(calls.FIND, (b"line", body), b"line." + collection.encode(), _SHAPE)
 
 
+async def opened(pool: Pool, number: int, collection: str = "c") -> Shared:
+    """A getMore of the rest of a cursor that has given the rows up to this one."""
+    command = {"find": collection, "filter": {}, "batchSize": number + 1, "$db": "line"}
+    _, continuation, cursor_id = await pool.call(calls.FIND, (b"line", encode(command)))
+    assert continuation is not None
+    assert cursor_id is not None
+    more = {"getMore": Int64(int.from_bytes(cursor_id, "big")), "collection": collection, "$db": "line"}
+    params = (b"line", encode(more), continuation)
+    return Shared(calls.GET_MORE, params, b"line." + collection.encode(), _PAGE)
+
+
+def rest(row: Row) -> list[int]:
+    """The ``_id`` of the rows of the cursor's last page."""
+    page, continuation = row
+    assert page is not None
+    assert continuation is None
+    return [item["_id"] for item in decode(page)["cursor"]["nextBatch"]]
+
+
 def found(row: Row) -> int:
     """The ``_id`` of the row that was read."""
     assert row[0] is not None
@@ -73,7 +93,7 @@ async def wait_until(condition: Callable[[], object]) -> None:
 async def shared(pool: Pool, number: int = 0) -> asyncio.Future[Row]:
     """A read that has joined the line; others make it cheap, and the line be there."""
     async with asyncio.timeout(_PATIENCE_SECONDS):
-        while not asyncio.isfuture(read := pool.share(find(number))):
+        while not asyncio.isfuture(read := pool.finds.share(find(number))):
             await read
     return read
 
@@ -90,7 +110,7 @@ def shrunk(pool: Pool, most: int) -> bool:
 
 async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(make_pool: MakePool) -> None:
     async with make_pool(4) as pool:
-        rows = await asyncio.gather(*[pool.share(find(number % 10)) for number in range(100)])
+        rows = await asyncio.gather(*[pool.finds.share(find(number % 10)) for number in range(100)])
         assert [found(row) for row in rows] == [number % 10 for number in range(100)]
         assert found(await (await shared(pool, 7))) == 7
         assert pool.size <= 4
@@ -99,13 +119,14 @@ async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(mak
 async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> None:
     async with make_pool(4) as pool:
         await (await shared(pool))
-        reads = [pool.share(find(number, condition={"$regex": "("} if number == 3 else None)) for number in range(8)]
+        conditions = [{"$regex": "("} if number == 3 else None for number in range(8)]
+        reads = [pool.finds.share(find(number, condition=condition)) for number, condition in enumerate(conditions)]
         assert all(map(asyncio.isfuture, reads))
         rows = await asyncio.gather(*reads, return_exceptions=True)
         assert isinstance(rows[3], EngineError)
         assert [found(row) for row in rows if isinstance(row, tuple)] == [0, 1, 2, 4, 5, 6, 7]
         # And it is not cheap any more until it has shown the contrary.
-        assert not asyncio.isfuture(alone := pool.share(find(1)))
+        assert not asyncio.isfuture(alone := pool.finds.share(find(1)))
         assert found(await alone) == 1
         assert found(await (await shared(pool, 5))) == 5
 
@@ -127,9 +148,9 @@ async def test_stalls_with_several_batches_under_way_cost_no_connection(cluster:
         for _ in range(4):
             await (await shared(pool))
             async with locked(cluster):
-                stalled = pool.share(find(1, "d"))
+                stalled = pool.finds.share(find(1, "d"))
                 await asyncio.sleep(0)  # each turn of the loop sends a batch
-                behind = pool.share(find(2))
+                behind = pool.finds.share(find(2))
                 assert asyncio.isfuture(stalled)
                 assert asyncio.isfuture(behind)
                 assert found(await behind) == 2
@@ -143,8 +164,8 @@ async def test_stalls_with_several_batches_under_way_cost_no_connection(cluster:
 async def test_who_waits_behind_a_read_that_stalls_is_served_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:
     async with make_pool(6) as pool, locked(cluster):
         await (await shared(pool))
-        stalled = pool.share(find(1, "d"))
-        behind = [pool.share(find(number)) for number in range(5)]
+        stalled = pool.finds.share(find(1, "d"))
+        behind = [pool.finds.share(find(number)) for number in range(5)]
         assert asyncio.isfuture(stalled)
         assert all(map(asyncio.isfuture, behind))
         async with asyncio.timeout(2):
@@ -157,13 +178,56 @@ async def test_who_waits_behind_a_read_that_stalls_is_served_elsewhere(cluster: 
         assert found(await (await shared(pool, 6))) == 6
 
 
+@pytest.mark.parametrize(("connections", "lines"), [(1, 0), (2, 0), (3, 0), (4, 1), (6, 2), (20, 2)])
+async def test_pages_share_as_many_lines_as_there_is_room_for(
+    make_pool: MakePool, connections: int, lines: int
+) -> None:
+    async with make_pool(connections) as pool:
+        pages = [await opened(pool, number % 9) for number in range(40)]
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            rows = await asyncio.gather(*[pool.get_mores.share(page) for page in pages])
+            assert [rest(row) for row in rows] == [list(range(number % 9 + 1, 10)) for number in range(40)]
+            assert pool.size <= connections
+            if len(pool.get_mores.all) == lines:
+                break
+            assert time.monotonic() < deadline
+        together = [pool.get_mores.share(page) for page in pages]
+        assert all(map(asyncio.isfuture, together)) == (lines > 0)
+        assert [rest(row) for row in await asyncio.gather(*together)] == [rest(row) for row in rows]
+        # Room is left for others, whatever the pages do.
+        assert found(await pool.finds.share(find(3))) == 3
+        assert found(await pool.call(calls.FIND, find(4).params)) == 4
+
+
+async def test_pages_behind_one_that_stalls_are_read_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:
+    async with make_pool(8) as pool:
+        blocked = await opened(pool, 4, "d")
+        pages = [await opened(pool, number) for number in range(9)]
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            while len(pool.get_mores.all) < 2 or not asyncio.isfuture(read := pool.get_mores.share(pages[0])):
+                await asyncio.gather(*[pool.get_mores.share(page) for page in pages])
+        assert rest(await read) == list(range(1, 10))
+        async with locked(cluster):
+            stalled = pool.get_mores.share(blocked)
+            behind = [pool.get_mores.share(page) for page in pages]
+            assert asyncio.isfuture(stalled)
+            assert all(map(asyncio.isfuture, behind))
+            async with asyncio.timeout(2):
+                rows = await asyncio.gather(*behind)
+            assert [rest(row) for row in rows] == [list(range(number + 1, 10)) for number in range(9)]
+            await wait_until(lambda: len(active(cluster)) == 1)
+            assert not stalled.done()
+        assert rest(await stalled) == [5, 6, 7, 8, 9]
+
+
 async def test_fewer_connections_end_the_line_and_no_read(cluster: Cluster, make_pool: MakePool) -> None:
     async with make_pool(6) as pool:
         await (await shared(pool))
         for most in (1, 6, 1, 6):
-            reads = [asyncio.ensure_future(pool.share(find(number % 10))) for number in range(200)]
+            reads = [asyncio.ensure_future(pool.finds.share(find(number % 10))) for number in range(200)]
             await pool.resize(pool_limits(configuration(cluster, pool_min_conns=1, pool_max_conns=most)))
-            reads += [asyncio.ensure_future(pool.share(find(number % 10))) for number in range(200)]
+            reads += [asyncio.ensure_future(pool.finds.share(find(number % 10))) for number in range(200)]
             assert [found(row) for row in await asyncio.gather(*reads)] == [number % 10 for number in range(200)] * 2
             await wait_until(partial(shrunk, pool, most))
 
@@ -173,7 +237,7 @@ async def test_a_large_page_ends_the_line_when_it_is_idle(make_pool: MakePool, c
     client.line.c.insert_one({"_id": 10, "s": "a", "x": b"x" * (2 << 20)})
     async with make_pool(4) as pool:
         await (await shared(pool))
-        big = pool.share(find(10))
+        big = pool.finds.share(find(10))
         assert asyncio.isfuture(big)
         assert found(await big) == 10
         size = pool.size
