@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
-from config.settings import DAY, HOUR, MINUTE, PREFIX, SECOND, Guc, Settings, guc_of, text_of
+from config.settings import DAY, HOUR, MINUTE, PREFIX, SECOND, Guc, Settings, gucs
 from pg_ferret import status
 
 ROOT = Path(__file__).parents[1]
@@ -22,18 +23,25 @@ _C_TYPES = {"bool": "bool", "integer": "int", "enum": "int", "string": "char *",
 class Setting:
     """One setting with everything that is derived from its field."""
 
-    def __init__(self, name: str) -> None:
-        field = Settings.model_fields[name]
+    def __init__(self, name: str, annotation: Any, default: Any) -> None:
         self.name = name
         self.variable = f"ferret_{name}"
-        self.guc: Guc = guc_of(name)
-        self.default: Any = field.default
-        self.options: tuple[str, ...] = get_args(field.annotation) if isinstance(self.default, str) else ()
-        self.kind = _kind(self.default, self.options)
-        bounds = {attribute: getattr(item, attribute) for item in field.metadata for attribute in ("ge", "le")
-                  if hasattr(item, attribute)}  # fmt: skip
-        self.low: int | None = bounds.get("ge")
-        self.high: int | None = bounds.get("le")
+        self.guc: Guc = gucs()[name]
+        self.default = default
+        self.options: tuple[str, ...] = get_args(annotation) if isinstance(default, str) else ()
+        self.kind = _kind(default, self.options)
+        self.low: int | None = None
+        self.high: int | None = None
+        if self.guc.bounds:
+            self.low, self.high = self.guc.bounds
+
+    def text(self, value: Any) -> str:
+        """A value as pg_settings shows it."""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if isinstance(value, tuple):
+            return ", ".join(value) or "-"
+        return f"{value:04o}" if self.guc.octal else str(value)
 
     def human(self, value: Any) -> str:
         """A value as one writes it into postgresql.conf."""
@@ -41,7 +49,7 @@ class Setting:
             return next((f"{value // size}{unit}" for size, unit in _UNITS if value % size == 0), f"{value}ms")
         if self.guc.megabytes:
             return next(f"{value // size}{unit}" for size, unit in _MEMORY_UNITS if value % size == 0)
-        return text_of(self.name, value)
+        return self.text(value)
 
     @property
     def range(self) -> str:
@@ -59,7 +67,8 @@ def _kind(default: Any, options: tuple[str, ...]) -> str:
 
 def settings() -> list[Setting]:
     """All settings in their order."""
-    return [Setting(name) for name in Settings.model_fields]
+    hints = get_type_hints(Settings)
+    return [Setting(field.name, hints[field.name], field.default) for field in fields(Settings)]
 
 
 def settings_h() -> str:
@@ -96,7 +105,7 @@ def _definition(item: Setting) -> list[str]:
         case "enum":
             arguments += [str(item.options.index(item.default)), f"{item.variable}_options"]
         case _:
-            arguments.append(_c_string(text_of(item.name, item.default)))
+            arguments.append(_c_string(item.text(item.default)))
     arguments.append("PGC_POSTMASTER" if item.guc.restart else "PGC_SIGHUP")
     arguments.append(" | ".join(flags) or "0")
     body = ",\n\t\t".join([*arguments, ", ".join(item.guc.hooks)])

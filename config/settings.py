@@ -1,8 +1,7 @@
 """Every ``ferretdb.*`` setting, defined once, and what a worker must know of its PostgreSQL server.
 
-The launcher reads pg_settings and sends the rows as JSON; the supervisor and the workers read them with ``Config``.
-PostgreSQL has checked types and ranges by then with code generated from this file (``config.generate``); they are
-checked again here, because a library and a Python of two versions may meet while a package is upgraded.
+The launcher reads pg_settings and sends the rows as JSON, which ``config.check`` turns into a ``Config``.  PostgreSQL
+has checked types and ranges by then with code generated from this file (``config.generate``).
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, Field, field_validator, model_serializer
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
 
 PREFIX = "ferretdb."
 SECOND = 1000
@@ -23,20 +21,19 @@ DAY = 24 * HOUR
 
 # A host name, an IPv4 address, or an IPv6 address in brackets, and a port; as check_listen_addr() in pg_ferret.c.
 _ADDRESS = re.compile(r"(?:([A-Za-z0-9._-]+)|\[([0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\]):([0-9]{1,5})", re.ASCII)
-# What fits into sockaddr_un.
-_SOCKET_PATH_BYTES = 107
 # Of a worker's connections to PostgreSQL one serves the cheap reads; writers need several for a commit in common.
 _CONNECTIONS_EACH = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Guc:
-    """What PostgreSQL needs to define a setting, besides its type, its default and its range.
+    """What PostgreSQL needs to define a setting, besides its type and its default.
 
-    ``flags`` and ``hooks`` (check, assign, show) are C names.
+    ``bounds`` are a number's least and greatest value; ``flags`` and ``hooks`` (check, assign, show) are C names.
     """
 
     help: str
+    bounds: tuple[int, int] | None = None
     restart: bool = False
     milliseconds: bool = False
     megabytes: bool = False
@@ -48,8 +45,9 @@ class Guc:
 _ABSOLUTE = ("check_absolute_path", "NULL", "NULL")
 
 
-class Settings(BaseModel, frozen=True):
-    """The settings' values; times are milliseconds.  The field's order is the order of the documentation."""
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings' values; times are milliseconds.  The fields' order is the order of the documentation."""
 
     enabled: Annotated[
         bool,
@@ -75,44 +73,46 @@ class Settings(BaseModel, frozen=True):
     ] = ""
     unix_socket_permissions: Annotated[
         int,
-        Field(ge=0, le=0o777),
         Guc(
             "Access permissions of the Unix socket, in octal as for chmod.",
             octal=True,
             hooks=("NULL", "NULL", "show_octal"),
+            bounds=(0, 0o777),
         ),
     ] = 0o700
     workers: Annotated[
         int,
-        Field(ge=0, le=1024),
         Guc(
             "Worker processes; 0 is one for every two CPU cores, as far as ferretdb.pool_max_conns has four connections"
-            " for each. Never more than ferretdb.max_workers."
+            " for each. Never more than ferretdb.max_workers.",
+            bounds=(0, 1024),
         ),
     ] = 0
     max_workers: Annotated[
-        int, Field(ge=1, le=1024), Guc("Limit of ferretdb.workers: the size of the status table.", restart=True)
+        int, Guc("Limit of ferretdb.workers: the size of the status table.", restart=True, bounds=(1, 1024))
     ] = 64
     max_requests: Annotated[
         int,
-        Field(ge=0, le=2_000_000_000),
-        Guc("Requests after which a worker is replaced, its successor first; 0 is never."),
+        Guc("Requests after which a worker is replaced, its successor first; 0 is never.", bounds=(0, 2_000_000_000)),
     ] = 0
     max_requests_jitter: Annotated[
         int,
-        Field(ge=0, le=2_000_000_000),
-        Guc("Up to so many requests more, by chance, so that workers are not all replaced at once."),
+        Guc(
+            "Up to so many requests more, by chance, so that workers are not all replaced at once.",
+            bounds=(0, 2_000_000_000),
+        ),
     ] = 0
-    max_connections: Annotated[
-        int, Field(ge=1, le=1_000_000), Guc("Client connections allowed, all workers together.")
-    ] = 10_000
+    max_connections: Annotated[int, Guc("Client connections allowed, all workers together.", bounds=(1, 1_000_000))] = (
+        10_000
+    )
     pool_min_conns: Annotated[
-        int, Field(ge=0, le=10_000), Guc("Connections to PostgreSQL kept open, all workers together.")
+        int, Guc("Connections to PostgreSQL kept open, all workers together.", bounds=(0, 10_000))
     ] = 4
     pool_max_conns: Annotated[
         int,
-        Field(ge=1, le=10_000),
-        Guc("Connections to PostgreSQL allowed, all workers together; each worker has at least one."),
+        Guc(
+            "Connections to PostgreSQL allowed, all workers together; each worker has at least one.", bounds=(1, 10_000)
+        ),
     ] = 40
     batch_scheduling: Annotated[
         bool,
@@ -123,39 +123,44 @@ class Settings(BaseModel, frozen=True):
     ] = True
     query_wait_timeout: Annotated[
         int,
-        Field(ge=0, le=DAY),
-        Guc("How long a request waits for a free connection to PostgreSQL; 0 is for ever.", milliseconds=True),
+        Guc(
+            "How long a request waits for a free connection to PostgreSQL; 0 is for ever.",
+            milliseconds=True,
+            bounds=(0, DAY),
+        ),
     ] = 30 * SECOND
     client_timeout: Annotated[
         int,
-        Field(ge=0, le=DAY),
         Guc(
             "A client that stops in the middle of a message, or takes nothing of its reply, for this long is"
             " disconnected; 0 is never. Idle clients are not concerned.",
             milliseconds=True,
+            bounds=(0, DAY),
         ),
     ] = MINUTE
     client_memory: Annotated[
         int,
-        Field(ge=64, le=1024 * 1024),
         Guc(
             "Memory for messages that are not complete and replies that are not taken, all workers together; beyond it"
             " the clients that have been stuck the longest are disconnected.",
             megabytes=True,
+            bounds=(64, 1024 * 1024),
         ),
     ] = 1024
-    cursor_timeout: Annotated[
-        int, Field(ge=SECOND, le=DAY), Guc("How long an idle cursor is kept.", milliseconds=True)
-    ] = 10 * MINUTE
+    cursor_timeout: Annotated[int, Guc("How long an idle cursor is kept.", milliseconds=True, bounds=(SECOND, DAY))] = (
+        10 * MINUTE
+    )
     worker_timeout: Annotated[
         int,
-        Field(ge=SECOND, le=HOUR),
-        Guc("A worker whose event loop stands still for this long is replaced.", milliseconds=True),
+        Guc(
+            "A worker whose event loop stands still for this long is replaced.",
+            milliseconds=True,
+            bounds=(SECOND, HOUR),
+        ),
     ] = 30 * SECOND
     graceful_timeout: Annotated[
         int,
-        Field(ge=0, le=HOUR),
-        Guc("How long a worker that is to leave may take to finish its requests.", milliseconds=True),
+        Guc("How long a worker that is to leave may take to finish its requests.", milliseconds=True, bounds=(0, HOUR)),
     ] = 30 * SECOND
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
@@ -184,14 +189,6 @@ class Settings(BaseModel, frozen=True):
         ),
     ] = ""
 
-    @classmethod
-    def from_rows(cls, rows: Mapping[str, str]) -> Settings:
-        """Read ``setting`` of pg_settings by name without prefix; raises pydantic.ValidationError.
-
-        A missing setting has its default and an unknown one is passed over: the library may be of another version.
-        """
-        return cls.model_validate(dict(rows))
-
     def worker_count(self) -> int:
         """How many workers there are to be, at least 1."""
         # A request takes PostgreSQL at least as much CPU time as its worker: with more workers than this, the two
@@ -200,51 +197,9 @@ class Settings(BaseModel, frozen=True):
         supplied = max(1, self.pool_max_conns // _CONNECTIONS_EACH)
         return min(self.workers or min(needed, supplied), self.max_workers)
 
-    @field_validator("listen_addr", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        """PostgreSQL's list text to a tuple."""
-        if isinstance(value, str):
-            return tuple(item for item in map(str.strip, value.split(",")) if item not in ("", "-"))
-        return value
 
-    @field_validator("listen_addr")
-    @classmethod
-    def _check_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for address in value:
-            parse_address(address)
-        return value
-
-    @field_validator("listen_unix", "python", "state_dir")
-    @classmethod
-    def _check_path(cls, value: str) -> str:
-        if value and not value.startswith("/"):
-            raise ValueError("an absolute path is needed")
-        return value
-
-    @field_validator("listen_unix")
-    @classmethod
-    def _check_socket_path(cls, value: str) -> str:
-        if len(os.fsencode(value)) > _SOCKET_PATH_BYTES:
-            raise ValueError(f"the path of a Unix socket has at most {_SOCKET_PATH_BYTES} bytes")
-        return value
-
-    @field_validator("unix_socket_permissions", mode="before")
-    @classmethod
-    def _read_octal(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if not re.fullmatch(r"[0-7]{1,4}", value, re.ASCII):
-                raise ValueError("an octal number is needed")
-            return int(value, 8)
-        return value
-
-    @model_serializer
-    def to_rows(self) -> dict[str, str]:
-        """The same texts that pg_settings has: ``from_rows`` reads them back."""
-        return {name: text_of(name, getattr(self, name)) for name in type(self).model_fields}
-
-
-class SettingError(BaseModel, frozen=True):
+@dataclass(frozen=True, slots=True)
+class SettingError:
     """A line of the configuration files that PostgreSQL has refused; ``name`` is empty for a syntax error."""
 
     name: str
@@ -252,7 +207,8 @@ class SettingError(BaseModel, frozen=True):
     error: str
 
 
-class Server(BaseModel, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Server:
     """The PostgreSQL server, as a worker must know it to connect."""
 
     socket_directories: str
@@ -281,20 +237,26 @@ class Server(BaseModel, frozen=True):
         raise ValueError("unix_socket_directories is empty: pg_ferret needs a Unix socket to reach PostgreSQL")
 
 
-class Config(BaseModel, frozen=True):
-    """One settings message of the launcher."""
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One settings message of the launcher, checked."""
 
     settings: Settings
     server: Server
 
     @classmethod
-    def from_json(cls, text: bytes | str) -> Config:
-        """Read a settings message; raises pydantic.ValidationError, a ValueError."""
-        return cls.model_validate_json(text)
+    def of(cls, plain: Mapping[str, Any]) -> Config:
+        """What ``plain`` was made of.  Nothing is checked: the launcher's messages are for ``config.check``."""
+        settings, server = plain["settings"], plain["server"]
+        errors = tuple(SettingError(**error) for error in server["setting_errors"])
+        return cls(
+            settings=Settings(**{**settings, "listen_addr": tuple(settings["listen_addr"])}),
+            server=Server(**{**server, "setting_errors": errors}),
+        )
 
-    def to_json(self) -> bytes:
-        """The same message again."""
-        return self.model_dump_json().encode()
+    def plain(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return asdict(self)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -305,17 +267,8 @@ def parse_address(text: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
-def text_of(name: str, value: Any) -> str:
-    """A value of the setting ``name`` as pg_settings shows it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple):
-        return ", ".join(value) or "-"
-    if isinstance(value, int) and guc_of(name).octal:
-        return f"{value:04o}"
-    return str(value)
-
-
-def guc_of(name: str) -> Guc:
-    """What PostgreSQL knows of the setting ``name``; raises KeyError."""
-    return next(item for item in Settings.model_fields[name].metadata if isinstance(item, Guc))
+@cache
+def gucs() -> Mapping[str, Guc]:
+    """What PostgreSQL knows of each setting, by its name without prefix."""
+    hints = get_type_hints(Settings, include_extras=True)
+    return {name: next(item for item in hint.__metadata__ if isinstance(item, Guc)) for name, hint in hints.items()}

@@ -298,7 +298,7 @@ class Worker:
             inherited.setblocking(False)
         if not self._stop.is_set():
             self._listen(dict(zip(message["listeners"], sockets, strict=True)))
-        self._configure(Config.from_json(json.dumps(message["config"])))
+        self._configure(Config.of(message["config"]))
 
     def _configure(self, config: Config) -> None:
         services = self._services

@@ -18,8 +18,9 @@ from pg_ferret import log
 from pg_ferret.status import State, StatusTable
 from supervisor.channel import Channel, Closed, Verb
 from supervisor.child import Spawn, die_with_parent
-from supervisor.prefork import Gateway, Supervisor, explain
+from supervisor.prefork import Gateway, Supervisor
 from supervisor.report import REPORT_SECONDS, Reporter
+from supervisor.vetting import Vetting, vetted
 
 logger = structlog.get_logger()
 
@@ -43,20 +44,24 @@ def boot(sock: socket.socket, load: Callable[[], Gateway] = load_gateway) -> int
     raise_descriptor_limit()
     channel = Channel(sock)
     try:
-        config = first_config(channel)
+        first = first_config(channel, load)
     except Closed:
         return 1
-    if config is None:
+    if first is None:
         return 0
-    supervisor = Supervisor(channel, config, load())
+    config, gateway = first
+    supervisor = Supervisor(channel, config, gateway, vetted)
     # What is loaded by now stays shared with the workers: a collection must not write to its pages.
     gc.collect()
     gc.freeze()
     return supervisor.run()
 
 
-def first_config(channel: Channel) -> Config | None:
-    """Wait for the first settings that are valid; None when asked to stop before.  Raises Closed."""
+def first_config(channel: Channel, load: Callable[[], Gateway]) -> tuple[Config, Gateway] | None:
+    """Wait for the first valid settings, loading meanwhile; None when asked to stop before.
+
+    Raises Closed, and RuntimeError or OSError when settings cannot be checked.
+    """
     reporter = Reporter(channel, StatusTable(0))
     reporter.own(State.STARTING, "waiting for the settings")
     poll = select.poll()
@@ -68,11 +73,13 @@ def first_config(channel: Channel) -> Config | None:
             if verb is Verb.QUIT:
                 return None
             if verb is Verb.SETTINGS:
+                vetting = Vetting(body)
+                gateway = load()
                 try:
-                    return Config.from_json(body)
+                    return vetting.result(), gateway
                 except ValueError as error:
-                    logger.error("cannot start with these settings", error=explain(error))
-                    reporter.own(State.FAILED, explain(error))
+                    logger.error("cannot start with these settings", error=str(error))
+                    reporter.own(State.FAILED, str(error))
 
 
 def raise_descriptor_limit() -> None:

@@ -48,7 +48,7 @@ class Orders:
 
     def message(self, addresses: list[str]) -> bytes:
         """The control message; the descriptors of ``addresses`` ride along in the same order."""
-        return b'{"config":%s,"listeners":%s}' % (self.config.to_json(), json.dumps(addresses).encode())
+        return json.dumps({"config": self.config.plain(), "listeners": addresses}).encode()
 
 
 class Crew:

@@ -13,11 +13,10 @@ import select
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
-from pydantic import ValidationError
 
 from config.settings import PREFIX, Config, SettingError, Settings
 from pg_ferret import log
@@ -81,12 +80,21 @@ class Gateway:
 class Supervisor:
     """Everything there is to supervise, and the loop that does it."""
 
-    def __init__(self, channel: Channel, config: Config, gateway: Gateway, system: System | None = None) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        config: Config,
+        gateway: Gateway,
+        check: Callable[[bytes], Config],
+        system: System | None = None,
+    ) -> None:
+        """``check`` reads the messages with new settings; it raises ValueError for one that is refused."""
         self.wakeup = Wakeup()
         self._system = system or System()
         self._channel = channel
         self._config = config
         self._gateway = gateway
+        self._checked = check
         # Every worker may have its successor beside it.
         self.table = StatusTable(2 * config.settings.max_workers)
         self.listeners = Listeners()
@@ -160,13 +168,13 @@ class Supervisor:
             logger.info("replacing all workers, as ferretdb.restart_workers() asks")
             self.crew.replace_all()
         elif verb is Verb.ROLE:
-            role = {"in_recovery": body == b"standby"}
-            self._apply(self._config.model_copy(update={"server": self._config.server.model_copy(update=role)}))
+            server = replace(self._config.server, in_recovery=body == b"standby")
+            self._apply(replace(self._config, server=server))
         else:
             try:
-                config = Config.from_json(body)
-            except ValueError as error:
-                self._problems.set("settings", f"{explain(error)}; the running configuration stays in force")
+                config = self._checked(body)
+            except (ValueError, RuntimeError, OSError) as error:
+                self._problems.set("settings", f"{error}; the running configuration stays in force")
             else:
                 self._problems.solved("settings")
                 self._apply(config)
@@ -234,7 +242,7 @@ class Supervisor:
         text = "ferretdb.state_dir: a change takes effect when the workers are gone"
         hint = "restart PostgreSQL, or reload with ferretdb.enabled = off and then on"
         self._problems.set("state_dir", text, hint, new.settings.state_dir)
-        return new.model_copy(update={"settings": new.settings.model_copy(update={"state_dir": running})})
+        return replace(new, settings=replace(new.settings, state_dir=running))
 
     def _retry(self, now: float) -> None:
         """What failed and may work by now."""
@@ -333,15 +341,3 @@ def _setting_error(problem: str, value: str) -> SettingError | None:
     if not name.startswith(PREFIX):
         return None
     return SettingError(name=name, setting=value, error=error.removeprefix(f"{value}: "))
-
-
-def explain(error: ValueError) -> str:
-    """A configuration error in one line, by the settings' names and without their values."""
-    if not isinstance(error, ValidationError):
-        return f"settings message: {error}"
-    lines = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
-        where = [str(part) for part in item["loc"]]
-        name = f"ferretdb.{where[-1]}" if where[:1] == ["settings"] else ".".join(where)
-        lines.append(f"{name}: {item['msg']}")
-    return "; ".join(lines)

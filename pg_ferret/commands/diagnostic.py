@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -93,9 +94,10 @@ async def host_info(_request: Request, _client: Client) -> bytes:
 
 @command("getCmdLineOpts", help="Returns the settings in force.", admin_only=True)
 async def get_cmd_line_opts(_request: Request, client: Client) -> bytes:
-    settings = {f"ferretdb.{name}": value for name, value in client.services.config.settings}
+    settings = asdict(client.services.config.settings)
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    return encode({"argv": ["pg_ferret"], "parsed": {"setParameter": listed}, "ok": 1.0})
+    named = {f"ferretdb.{name}": value for name, value in listed.items()}
+    return encode({"argv": ["pg_ferret"], "parsed": {"setParameter": named}, "ok": 1.0})
 
 
 @command("connectionStatus", help="Returns who is authenticated.")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from config.settings import Settings, guc_of
+from config.settings import gucs
 from tests.faults.load import Load
 from tests.faults.runner import FAULTS, Fault, run
 from tests.faults.settings import CHANGES, Change, apply
@@ -58,5 +58,5 @@ def test_setting(loaded_stage: Stage, item: Change) -> None:
 
 
 def test_every_reloadable_setting_is_changed() -> None:
-    live = {name for name in Settings.model_fields if not guc_of(name).restart}
+    live = {name for name, guc in gucs().items() if not guc.restart}
     assert {item.name for item in CHANGES} == live

@@ -90,7 +90,7 @@ class Worker:
         if not message:
             os._exit(0)
         orders = json.loads(message)
-        config = Config.from_json(json.dumps(orders["config"]))
+        config = Config.of(orders["config"])
         sockets = [socket.socket(fileno=number) for number in descriptors]
         self.replace_listeners(dict(zip(orders["listeners"], sockets, strict=True)))
         self.slot.message = f"log_level={config.settings.log_level} in_recovery={config.server.in_recovery}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from config.check import checked
 from config.settings import Config
 from pg_ferret.errors import StateDirError
 from pg_ferret.status import Slot, State
@@ -56,7 +57,7 @@ class World:
         self.prepared: list[Config] = []
         self.state_dir_error = ""
         gateway = Gateway(lambda _: 0, self.prepare)
-        self.supervisor = Supervisor(Channel(theirs), config(), gateway, self.fake.system())
+        self.supervisor = Supervisor(Channel(theirs), config(), gateway, checked, self.fake.system())
         self.theirs = theirs
 
     def prepare(self, new: Config) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from config.check import checked
 from config.settings import Config
 
 SETTINGS = {
@@ -54,4 +55,4 @@ def message(**settings: str) -> bytes:
 
 def config(**settings: str) -> Config:
     """The same, read."""
-    return Config.from_json(message(**settings))
+    return checked(message(**settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ from tests.unit.samples import config
 def configured(state: Path, data: Path, started: str = "today") -> Config:
     data.mkdir(exist_ok=True)
     base = config()
-    settings = base.settings.model_copy(update={"state_dir": str(state)})
     return Config(
-        settings=settings,
-        server=base.server.model_copy(update={"data_directory": str(data), "started": started}),
+        settings=replace(base.settings, state_dir=str(state)),
+        server=replace(base.server, data_directory=str(data), started=started),
     )
 
 

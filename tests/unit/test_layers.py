@@ -35,7 +35,7 @@ EXCEPTIONS = {
 # Who alone may, or who may not, use a package from outside.
 PSYCOPG_ONLY_IN = "pg_ferret.engine"
 NO_BSON_IN = ("pg_ferret.wire", "pg_ferret.connection", "pg_ferret.dispatch")
-CONFIG_MAY_USE = {"pydantic", *sys.stdlib_module_names}
+PYDANTIC_ONLY_IN = "config.check"
 
 
 def module_name(path: Path) -> str:
@@ -103,8 +103,11 @@ def test_foreign_packages_stay_where_they_belong(name: str) -> None:
         assert not roots & {"psycopg", "psycopg_c", "psycopg_pool"}
     if any(within(name, unit) for unit in NO_BSON_IN):
         assert not roots & {"bson", "pymongo"}, "the hot path never decodes a document"
+    if name == PYDANTIC_ONLY_IN:
+        roots.remove("pydantic")
+    assert "pydantic" not in roots, "too large for processes that live long"
     if within(name, "config"):
-        assert roots <= CONFIG_MAY_USE | set(PACKAGES)
+        assert roots <= {*sys.stdlib_module_names, *PACKAGES}
     if within(name, "supervisor"):
         assert not roots & {"asyncio", "uvloop", "threading", "concurrent"}, "its forks must be clean"
 

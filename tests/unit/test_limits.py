@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
@@ -11,14 +13,14 @@ from tests.unit.samples import config
 
 
 def test_the_socket_directory_may_have_any_name() -> None:
-    changed = config().server.model_copy(update={"socket_directories": "/tmp/a b\\c, /run/postgresql"})
+    changed = replace(config().server, socket_directories="/tmp/a b\\c, /run/postgresql")
     parts = conninfo_to_dict(conninfo(Config(settings=config().settings, server=changed)))
     assert parts["host"] == "/tmp/a b\\c"
     assert "documentdb.localhost_connection_string=host=/tmp/a\\ b\\\\c " in str(parts["options"])
 
 
 def test_without_a_unix_socket_there_is_a_clear_error() -> None:
-    changed = config().server.model_copy(update={"socket_directories": ""})
+    changed = replace(config().server, socket_directories="")
     with pytest.raises(ValueError, match="unix_socket_directories"):
         conninfo(Config(settings=config().settings, server=changed))
 
@@ -35,17 +37,13 @@ def test_without_a_unix_socket_there_is_a_clear_error() -> None:
 )
 def test_shares(workers: int, pool: tuple[int, int], server: int, expected: tuple[int, int]) -> None:
     base = config()
-    settings = base.settings.model_copy(
-        update={"workers": workers, "max_workers": 64, "pool_min_conns": pool[0], "pool_max_conns": pool[1]}
-    )
-    facts = base.server.model_copy(
-        update={"max_connections": server, "superuser_reserved_connections": 3, "reserved_connections": 0}
-    )
+    settings = replace(base.settings, workers=workers, max_workers=64, pool_min_conns=pool[0], pool_max_conns=pool[1])
+    facts = replace(base.server, max_connections=server, superuser_reserved_connections=3, reserved_connections=0)
     limits = pool_limits(Config(settings=settings, server=facts))
     assert (limits.smallest, limits.largest) == expected
 
 
 def test_no_timeout_means_waiting_for_ever() -> None:
     base = config()
-    settings = base.settings.model_copy(update={"query_wait_timeout": 0})
+    settings = replace(base.settings, query_wait_timeout=0)
     assert pool_limits(Config(settings=settings, server=base.server)).wait_seconds is None
