@@ -12,10 +12,10 @@ import errno
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import structlog
 
-from pg_ferret.state.client import Address
 from pg_ferret.status import Kind, Slot, State, StatusTable
 
 _log = structlog.get_logger()
@@ -34,8 +34,16 @@ _LOOK_SECONDS = 0.05
 _STALE_SECONDS = 1.0
 
 
+def peer_text(address: str | tuple[Any, ...]) -> str:
+    """`host:port`, or the path of the Unix socket, of an address as the socket module gives it."""
+    if isinstance(address, str):
+        return address
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Listener:
-    """One listening socket in one worker; ``accepted`` gets each new connection's socket and the client's address."""
+    """One listening socket in one worker; ``accepted`` gets each new socket and `peer_text`."""
 
     def __init__(
         self,
@@ -43,7 +51,7 @@ class Listener:
         listening: socket.socket,
         loop: asyncio.AbstractEventLoop,
         balance: Balance,
-        accepted: Callable[[socket.socket, Address], None],
+        accepted: Callable[[socket.socket, str], None],
     ) -> None:
         self.address = address
         self._socket = listening
@@ -89,9 +97,9 @@ class Listener:
         """How many clients to take before it is another worker's turn."""
         return self._balance.room()
 
-    def _take(self) -> tuple[socket.socket, Address] | None:
+    def _take(self) -> tuple[socket.socket, str] | None:
         client, address = self._socket.accept()
-        return client, address or self._socket.getsockname()
+        return client, peer_text(address or self._socket.getsockname())
 
     def close(self) -> None:
         """Stop accepting; the other workers' sockets stay open."""
@@ -108,13 +116,13 @@ class Adopter(Listener):
     def _room(self) -> int:
         return self._balance.room(lead=0)  # stricter: nobody takes back what it has just given away
 
-    def _take(self) -> tuple[socket.socket, Address] | None:
+    def _take(self) -> tuple[socket.socket, str] | None:
         _, descriptors, _, _ = socket.recv_fds(self._socket, 16, 1, socket.MSG_DONTWAIT)
         if not descriptors:
             return None
         client = socket.socket(fileno=descriptors[0])
         try:
-            return client, client.getpeername() or client.getsockname()
+            return client, peer_text(client.getpeername() or client.getsockname())
         except OSError:  # it is gone
             return client, "unknown"
 

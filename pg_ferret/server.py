@@ -31,7 +31,7 @@ from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Adopter, Balance, Listener
 from pg_ferret.refusal import WAITING_AT_MOST, Refusal
 from pg_ferret.state import backlog, directory
-from pg_ferret.state.client import Address, Client, Services
+from pg_ferret.state.client import Client, Services
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.status import State, StatusTable
 
@@ -143,27 +143,27 @@ class Worker:
             for address, listening in sockets.items()
         }
 
-    def _welcome(self, accepted: socket.socket, address: Address) -> None:
+    def _welcome(self, accepted: socket.socket, peer: str) -> None:
         reason = self._reason_to_refuse()
         if reason:
             self._refuse(accepted, reason)
             return
         self._accepted += 1
-        self._adopt(accepted, address)
+        self._adopt(accepted, peer)
 
-    def _take_over(self, accepted: socket.socket, address: Address) -> None:
+    def _take_over(self, accepted: socket.socket, peer: str) -> None:
         if len(self._clients) >= self._most_clients:
             self._refuse(accepted, _NO_DESCRIPTORS)
         else:
-            self._adopt(accepted, address)
+            self._adopt(accepted, peer)
 
-    def _adopt(self, accepted: socket.socket, address: Address) -> None:
+    def _adopt(self, accepted: socket.socket, peer: str) -> None:
         """Serve a client, a new one or another worker's."""
         self._number += 1
         self._count(+1)
         # Unique among the connections that are open at the same time.
         connection_id = (self._number * len(self._boot.status) + self._boot.slot) & 0x7FFFFFFF
-        client = Client(self._services, connection_id, address)
+        client = Client(self._services, connection_id, peer)
         connection = Connection(client, self._loop, self._left)
         self._clients.add(connection)
         self._arrive(start(self._loop, self._attach(connection, accepted)))

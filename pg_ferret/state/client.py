@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
 from config.settings import Config
 from pg_ferret.engine.pool import Pool
 from pg_ferret.state.backlog import Backlog
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.status import StatusTable
-
-# As the socket module gives it: the path of the Unix socket, or host, port and more.
-Address = str | tuple[Any, ...]
 
 
 class Counters:
@@ -69,18 +65,10 @@ def _stamped(text: str) -> str:
 class Client:
     """One client connection."""
 
-    __slots__ = ("_address", "connection_id", "services", "user")
+    __slots__ = ("connection_id", "peer", "services", "user")
 
-    def __init__(self, services: Services, connection_id: int, address: Address) -> None:
+    def __init__(self, services: Services, connection_id: int, peer: str) -> None:
         self.services = services
         self.connection_id = connection_id
-        self._address = address
+        self.peer = peer  # `host:port`, or the path of the Unix socket
         self.user = b""  # nobody: there is no authentication yet
-
-    @property
-    def peer(self) -> str:
-        """``host:port``, or the path of the Unix socket."""
-        if isinstance(self._address, str):
-            return self._address
-        host, port = self._address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -23,6 +23,7 @@ import pytest
 from bson import Binary, Int64, encode
 from pymongo import MongoClient
 
+from config.settings import Settings
 from dev.cluster import Cluster, wait_for
 from pg_ferret.connection import Connection
 from pg_ferret.engine.limits import conninfo, pool_limits
@@ -280,6 +281,8 @@ def test_system_calls(new_cluster: NewCluster, operation: str) -> None:
                         client.admin.command("ping")
 
         work(100)
+        # A new server's extensions are installed while it serves: then it hears of them and connects.
+        wait_for(lambda: any(int(row["pool_size"] or 0) >= Settings().pool_min_conns for row in cluster.status()))
         (worker,) = [row["pid"] for row in cluster.status() if row["kind"] == "worker"]
         with tempfile.NamedTemporaryFile("r") as report:
             tracer = subprocess.Popen(

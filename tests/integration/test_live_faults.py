@@ -93,7 +93,7 @@ def test_the_whole_tree_comes_back(new_cluster: NewCluster, victim: str) -> None
         os.kill(old[0], signal.SIGKILL)
     else:
         condition = "backend_type = 'pg_ferret launcher'" if victim == "launcher" else "application_name = 'pg_ferret'"
-        ((pid,), *_) = cluster.psql(f"select pid from pg_stat_activity where {condition}")
+        ((pid,), *_) = wait_for(lambda: cluster.psql(f"select pid from pg_stat_activity where {condition}"))
         os.kill(int(pid or 0), signal.SIGKILL)
     wait_for(lambda: not any(map(lives, old)))
     wait_for(lambda: serves(cluster))
