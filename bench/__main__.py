@@ -1,7 +1,8 @@
 """make bench: measure all targets, interleaved, and write what came out as JSON.
 
-``python3 -m bench --bin DIR --out FILE [--quick]`` inside dev/enter. Every point is measured for one target after
-the other before the next point comes, in ``rounds`` passes, so that whatever else the machine does meets all of them.
+``python3 -m bench --bin DIR --out FILE [--quick] [--only OPERATION...] [--rounds N]`` inside dev/enter. Every point is
+measured for one target after the other before the next point comes, in ``rounds`` passes, so that whatever else the
+machine does meets all of them.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
         cluster.psql("checkpoint")
         started = time.monotonic()
         # Idle clients first: later the memory would be what the load before has left.
-        idle = [idle_memory(target, plan.idle) for target in targets if target.name != Pgbench.name]
+        idle = [idle_memory(target, plan.idle) for target in targets if plan.idle and target.name != Pgbench.name]
         samples = measure(targets, plan)
         loaded = {target.name: target.memory() for target in targets}
         # Before the growth of cost is measured: that changes the number of workers.
@@ -166,9 +167,13 @@ def main() -> int:
     parser.add_argument("--bin", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=TITLES, help="these operations, and nothing else")
     parser.add_argument("--rounds", type=int, help="instead of the plan's")
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
+    if options.only:
+        points = tuple(point for point in plan.points if point.op in options.only)
+        plan = replace(plan, points=points, idle=0, cursors=0, collections=0)
     plan = replace(plan, rounds=options.rounds or plan.rounds)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -177,9 +182,12 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         say(f"bench: {error}")
         return 1
-    result["command"] = "make bench QUICK=1" if options.quick else "make bench"
-    if options.rounds:
-        result["command"] = f"{result['command']}, python3 -m bench with --rounds {options.rounds}"
+    command = [
+        "make bench",
+        "QUICK=1" if options.quick else "",
+        f'ONLY="{" ".join(options.only)}"' if options.only else "",
+    ]
+    result["command"] = " ".join(filter(None, [*command, f"ROUNDS={options.rounds}" if options.rounds else ""]))
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

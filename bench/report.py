@@ -53,15 +53,41 @@ class Cell:
     error: str
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """One target's figures divided by another's, each the median of the rounds; of ops/s the extremes as well."""
+
+    rate: float
+    least: float
+    most: float
+    p99: float
+    gateway: float
+    postgres: float
+
+
 Key = tuple[str, int]
+_Samples = dict[Key, dict[str, list[dict[str, Any]]]]
+
+
+def _samples(run: dict[str, Any]) -> _Samples:
+    """Operation and clients -> target -> what each round has given, in the order of the run."""
+    found: _Samples = defaultdict(lambda: defaultdict(list))
+    for sample in run["samples"]:
+        found[sample["op"], sample["clients"]][sample["target"]].append(sample)
+    return found
 
 
 def cells(run: dict[str, Any]) -> dict[Key, dict[str, Cell]]:
     """Operation and clients -> target -> figures, in the order of the run."""
-    found: dict[Key, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for sample in run["samples"]:
-        found[sample["op"], sample["clients"]][sample["target"]].append(sample)
-    return {key: {target: _cell(samples) for target, samples in found[key].items()} for key in found}
+    return {key: {target: _cell(found) for target, found in row.items()} for key, row in _samples(run).items()}
+
+
+def rounds(run: dict[str, Any]) -> dict[Key, dict[str, list[Cell]]]:
+    """The same, round by round."""
+    found: dict[Key, dict[str, list[Cell]]] = {}
+    for key, row in _samples(run).items():
+        found[key] = defaultdict(list, {target: [_cell([one]) for one in row[target]] for target in row})
+    return found
 
 
 def _cell(samples: list[dict[str, Any]]) -> Cell:
@@ -106,11 +132,13 @@ def table(run: dict[str, Any]) -> str:
     ]
     ratios = [
         "",
-        "pg_ferret divided by FerretDB (ops/s: more is better; the others: less is better):",
+        "pg_ferret divided by FerretDB (ops/s: more is better; the others: less is better): the medians of the rounds'"
+        " ratios, because the machine's speed changes from round to round.",
         "",
-        "| operation | clients | ops/s | p99 | CPU of gateway | CPU of PostgreSQL |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| operation | clients | ops/s | least - most | p99 | CPU of gateway | CPU of PostgreSQL |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    compared = ratios_of(run)
     problems = []
     for (op, clients), row in cells(run).items():
         for target, cell in row.items():
@@ -125,11 +153,11 @@ def table(run: dict[str, Any]) -> str:
                 )
             if cell.error:
                 problems.append(f"- {TITLES[op]}, {clients} clients, {target}: {cell.errors} errors, {cell.error}")
-        ours, theirs = row.get("pg_ferret"), row.get("FerretDB")
-        if ours and theirs and ours.rate and theirs.rate:
-            ratio = [ours.rate / theirs.rate, ours.p99 / theirs.p99]
-            ratio += [_quotient(ours.gateway, theirs.gateway), _quotient(ours.postgres, theirs.postgres)]
-            ratios.append(f"| {TITLES[op]} | {clients} | " + " | ".join(f"{value:.2f}" for value in ratio) + " |")
+        if ratio := compared.get((op, clients)):
+            others = " | ".join(f"{value:.2f}" for value in (ratio.p99, ratio.gateway, ratio.postgres))
+            ratios.append(
+                f"| {TITLES[op]} | {clients} | {ratio.rate:.2f} | {ratio.least:.2f} - {ratio.most:.2f} | {others} |"
+            )
     return (
         "\n".join(
             lines
@@ -149,19 +177,38 @@ def _others(run: dict[str, Any]) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
+def ratios_of(run: dict[str, Any]) -> dict[Key, Ratio]:
+    """pg_ferret's figures divided by FerretDB's, where there are both."""
+    found = {}
+    for key, row in rounds(run).items():
+        pairs = [pair for pair in zip(row["pg_ferret"], row["FerretDB"], strict=False) if pair[0].rate and pair[1].rate]
+        if pairs:
+            rates = [ours.rate / theirs.rate for ours, theirs in pairs]
+            found[key] = Ratio(
+                rate=statistics.median(rates),
+                least=min(rates),
+                most=max(rates),
+                p99=statistics.median(ours.p99 / theirs.p99 for ours, theirs in pairs),
+                gateway=statistics.median(_quotient(ours.gateway, theirs.gateway) for ours, theirs in pairs),
+                postgres=statistics.median(_quotient(ours.postgres, theirs.postgres) for ours, theirs in pairs),
+            )
+    return found
+
+
 def _quotient(ours: float, theirs: float) -> float:
     return ours / theirs if theirs else float("nan")
 
 
 def _slowdowns(run: dict[str, Any], op: str) -> dict[str, float]:
     """How much later each target answers point reads while one of the clients aggregates."""
-    found = cells(run)
+    found = rounds(run)
     with_it, without = found.get((f"{op}-beside", 64), {}), found.get((op, 64), {})
-    return {
-        target: with_it[target].p99 / without[target].p99
-        for target in with_it
-        if with_it[target].p99 and target in without and without[target].p99
-    }
+    slowdowns = {}
+    for target, samples in with_it.items():
+        pairs = [pair for pair in zip(samples, without.get(target, []), strict=False) if pair[0].p99 and pair[1].p99]
+        if pairs:
+            slowdowns[target] = statistics.median(beside.p99 / alone.p99 for beside, alone in pairs)
+    return slowdowns
 
 
 def _beside(run: dict[str, Any]) -> list[str]:
@@ -176,7 +223,7 @@ def _beside(run: dict[str, Any]) -> list[str]:
 
 def _goals(run: dict[str, Any]) -> list[str]:
     """What was aimed at, and whether it is reached."""
-    found = cells(run)
+    compared = ratios_of(run)
     lines = ["", "Goals:", "", "| pg_ferret divided by FerretDB | aimed at | measured | |", "|---|--:|--:|---|"]
 
     def goal(name: str, aim: float, figure: float, least: bool = False) -> None:
@@ -185,12 +232,10 @@ def _goals(run: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {sign} {aim:g} | {figure:.2f} | {'reached' if reached else '**missed**'} |")
 
     for op, clients, rate, gateway in _GOALS:
-        row = found.get((op, clients), {})
-        ours, theirs = row.get("pg_ferret"), row.get("FerretDB")
-        if ours and theirs and ours.rate and theirs.rate:
-            goal(f"{TITLES[op]}, {clients} clients: ops/s", rate, ours.rate / theirs.rate, least=True)
-            goal(f"{TITLES[op]}, {clients} clients: CPU of gateway", gateway, _quotient(ours.gateway, theirs.gateway))
-            goal(f"{TITLES[op]}, {clients} clients: p99", 1.0, ours.p99 / theirs.p99)
+        if ratio := compared.get((op, clients)):
+            goal(f"{TITLES[op]}, {clients} clients: ops/s", rate, ratio.rate, least=True)
+            goal(f"{TITLES[op]}, {clients} clients: CPU of gateway", gateway, ratio.gateway)
+            goal(f"{TITLES[op]}, {clients} clients: p99", 1.0, ratio.p99)
     fresh = {name: figures[0] for name, figures in run["fresh_memory"].items()}
     idle = {sample["target"]: sample["gateway"] for sample in run["idle"] if not sample["error"]}
     for name, memory in (("memory, just started", fresh), ("memory with idle clients", idle)):
