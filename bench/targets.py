@@ -166,6 +166,12 @@ class PgFerret(Target):
     def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
         super().__init__(cluster, bin_dir)
         self.uri = cluster.uri
+        wait_for(self._connected, 20, "pg_ferret to connect to PostgreSQL")
+
+    def _connected(self) -> bool:
+        """Whether every worker is there and has heard that DocumentDB has been installed."""
+        workers = [row for row in self.cluster.status() if row["kind"] == "worker"]
+        return bool(workers) and all(int(row["pool_size"] or 0) for row in workers)
 
     def gateway(self) -> set[int]:
         launcher = pg_ferret_launcher(self.cluster)

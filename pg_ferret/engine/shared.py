@@ -95,6 +95,7 @@ class SharedLine(Pipeline):
         "_scheduled",
         "_since",
         "_watched",
+        "waiting",
     )
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, call: Call, costs: Costs, owner: Owner) -> None:
@@ -108,6 +109,7 @@ class SharedLine(Pipeline):
         self._late = 0.0  # from then on it takes too long
         self._scheduled = False
         self._watched = False
+        self.waiting = 0  # reads without an answer
         super().__init__(conn, loop)
 
     def takes(self, read: Shared) -> bool:
@@ -116,16 +118,12 @@ class SharedLine(Pipeline):
             return False
         return not self._batches or self._loop.time() <= self._late
 
-    @property
-    def waiting(self) -> int:
-        """Reads in the line."""
-        return len(self._filling) + sum(map(len, self._batches)) - self._answered
-
     def add(self, read: Shared) -> asyncio.Future[Row]:
         """The future gets the first row of the result; it raises EngineError or EngineLostError."""
         waiter: asyncio.Future[Row] = self._loop.create_future()
         call, params, _, _ = read
         self._filling.append((read, waiter))
+        self.waiting += 1
         try:
             self._pg.send_query_prepared(call.name, params, call.formats, 1)
         except psycopg.Error:
@@ -165,6 +163,7 @@ class SharedLine(Pipeline):
             get = result.get_value
             _, waiter = self._batches[0][self._answered]
             self._answered += 1
+            self.waiting -= 1
             page = get(0, 0)
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
@@ -183,6 +182,7 @@ class SharedLine(Pipeline):
             return
         read, waiter = self._batches[0][self._answered]
         self._answered += 1
+        self.waiting -= 1
         self._costs.note(read.shape, STALL_SECONDS)  # whoever sends such reads again is not to hold others up
         if not waiter.done():
             waiter.set_exception(error)
@@ -200,6 +200,7 @@ class SharedLine(Pipeline):
                 self._costs.note(read.shape, seconds)
         if self._answered < len(batch):
             for waiting in batch[self._answered :]:
+                self.waiting -= 1
                 self._elsewhere(*waiting)
         self._answered = 0
         if self._call is None:
@@ -231,6 +232,7 @@ class SharedLine(Pipeline):
         waiting = [*(one for batch in self._batches for one in batch), *self._filling][self._answered :]
         self._batches.clear()
         self._filling = []
+        self.waiting = 0
         return waiting
 
     def _end(self) -> None:
@@ -270,10 +272,13 @@ class Lines:
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
         if (only := self._only) is not None and only.takes(read):
             return only.add(read)
-        line = min((line for line in self.all if line.takes(read)), key=_waiting, default=None)
-        if line is None or (line.waiting and self.due):
+        shortest = None
+        for line in self.all:
+            if (shortest is None or line.waiting < shortest.waiting) and line.takes(read):
+                shortest = line
+        if shortest is None or (shortest.waiting and self.due):
             return self._measured(self, read)
-        return line.add(read)
+        return shortest.add(read)
 
     @property
     def due(self) -> bool:
@@ -302,7 +307,3 @@ class Lines:
 
     def _changed(self) -> None:
         self._only = self.all[0] if len(self.all) == self._most == 1 else None
-
-
-def _waiting(line: SharedLine) -> int:
-    return line.waiting
