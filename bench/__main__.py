@@ -33,6 +33,8 @@ _SETTINGS = {
     "autovacuum": "off",
     "ferretdb.max_connections": "20000",
 }
+# What a moment's work took is given back by then, as far as a target does so.
+_SETTLE_SECONDS = 12.0
 # pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
 _PGBENCH_CLIENTS = 64
 
@@ -87,10 +89,12 @@ def _line(sample: Sample) -> str:
 
 
 def idle_memory(target: Target, clients: int) -> dict[str, object]:
-    """PSS of a target now, and with so many more clients that do nothing."""
+    """PSS of a target now, and with so many more clients that do nothing; each time after a while of rest."""
+    time.sleep(_SETTLE_SECONDS)
     before = target.memory()
     load = target.load(Point("idle", clients), 0)
     error = "" if load.ready else str(load.run().get("error"))
+    time.sleep(_SETTLE_SECONDS if load.ready else 0)
     after = target.memory()
     if load.ready:
         load.run()
