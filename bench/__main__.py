@@ -177,6 +177,8 @@ def main() -> int:
     plan = QUICK if options.quick else FULL
     if options.only:
         points = tuple(point for point in plan.points if point.op in options.only)
+        if not points:
+            parser.error(f"none of these is measured here: {' '.join(options.only)}")
         plan = replace(plan, points=points, idle=0, cursors=0, collections=0)
     plan = replace(plan, rounds=options.rounds or plan.rounds)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

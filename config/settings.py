@@ -21,7 +21,7 @@ DAY = 24 * HOUR
 
 # A host name, an IPv4 address, or an IPv6 address in brackets, and a port; as check_listen_addr() in pg_ferret.c.
 _ADDRESS = re.compile(r"(?:([A-Za-z0-9._-]+)|\[([0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?)\]):([0-9]{1,5})", re.ASCII)
-# Of a worker's connections to PostgreSQL one serves the cheap reads; writers need several for a commit in common.
+# Of a worker's connections to PostgreSQL up to half serve cheap reads; writers need several for a commit in common.
 _CONNECTIONS_EACH = 4
 
 

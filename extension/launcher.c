@@ -37,7 +37,7 @@
 #define MESSAGES_PER_ROUND 100
 #define NEVER PG_INT64_MAX
 
-/* The facts that the supervisor needs: Config.from_json() in config/settings.py reads this. */
+/* The facts that the supervisor needs: checked() in config/check.py reads this. */
 #define SETTINGS_SQL \
 	"SELECT json_build_object(" \
 	" 'settings', (SELECT json_object_agg(substr(name, 10), setting ORDER BY name)" \

@@ -92,7 +92,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._fast = asyncio.Event()
         self._gone = asyncio.Event()
-        self._closed = self._left  # one for all clients: each would keep a bound method of its own
+        self._when_left = self._left  # one for all clients: each would keep a bound method of its own
 
     async def run(self) -> None:
         """From birth to the end of the drain."""
@@ -165,7 +165,7 @@ class Worker:
         # Unique among the connections that are open at the same time.
         connection_id = (self._number * len(self._boot.status) + self._boot.slot) & 0x7FFFFFFF
         client = Client(self._services, connection_id, peer)
-        connection = Connection(client, self._loop, self._closed)
+        connection = Connection(client, self._loop, self._when_left)
         self._clients.add(connection)
         self._arrive(start(self._loop, self._attach(connection, accepted)))
 

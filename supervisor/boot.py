@@ -20,7 +20,7 @@ from supervisor.channel import Channel, Closed, Verb
 from supervisor.child import Spawn, die_with_parent
 from supervisor.prefork import Gateway, Supervisor
 from supervisor.report import REPORT_SECONDS, Reporter
-from supervisor.vetting import Vetting, vetted
+from supervisor.vetting import Vetting
 
 logger = structlog.get_logger()
 
@@ -50,7 +50,7 @@ def boot(sock: socket.socket, load: Callable[[], Gateway] = load_gateway) -> int
     if first is None:
         return 0
     config, gateway = first
-    supervisor = Supervisor(channel, config, gateway, vetted)
+    supervisor = Supervisor(channel, config, gateway, Vetting)
     # What is loaded by now stays shared with the workers: a collection must not write to its pages.
     gc.collect()
     gc.freeze()

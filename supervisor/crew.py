@@ -136,15 +136,10 @@ class Crew:
     def reap(self) -> bool:
         """Bury the workers that have ended; tells whether one of them had not even been able to start."""
         unable = False
-        while self.alive:
-            try:
-                pid, wait_status = self._system.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if pid == 0:
-                break
-            for seat in self.seats:
-                if seat.process and seat.process.pid == pid:
+        for seat in self.seats:
+            if seat.process:
+                pid, wait_status = self._system.waitpid(seat.process.pid, os.WNOHANG)
+                if pid:
                     self._bury(seat, seat.process, wait_status)
                     unable |= os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) == plan.BOOT_FAILED
         return unable

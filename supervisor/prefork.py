@@ -27,6 +27,7 @@ from supervisor.crew import Crew, Orders, System
 from supervisor.listen import Listeners, wanted_addresses
 from supervisor.plan import Limits, deadline
 from supervisor.report import Problems, Reporter, serving_message
+from supervisor.vetting import Vetting
 
 logger = structlog.get_logger()
 
@@ -35,12 +36,14 @@ logger = structlog.get_logger()
 STOP_GRACE = 0.2
 STOP_LIMIT = 0.28
 RETRY_SECONDS = 1.0
+CHECK_AGAIN_SECONDS = 5.0
 # A draining worker watches ferretdb.graceful_timeout itself, then closes its connections: let it finish.
 DRAIN_SLACK = 1.5
 # Nothing wakes us when a worker that starts becomes ready, so we look.
 BRISK_SECONDS = 0.02
 # Later than this, the whole machine or our process group stood still: no worker is to blame for its silence.
 OVERSLEPT = 1.0
+_STAYS = "the running configuration stays in force"
 
 
 class Wakeup:
@@ -85,16 +88,20 @@ class Supervisor:
         channel: Channel,
         config: Config,
         gateway: Gateway,
-        check: Callable[[bytes], Config],
+        vet: Callable[[bytes], Vetting],
         system: System | None = None,
     ) -> None:
-        """``check`` reads the messages with new settings; it raises ValueError for one that is refused."""
+        """``vet`` begins to check a message with new settings."""
         self.wakeup = Wakeup()
         self._system = system or System()
         self._channel = channel
         self._config = config
         self._gateway = gateway
-        self._checked = check
+        self._vet = vet
+        self._vetting: Vetting | None = None
+        self._unchecked: bytes | None = None  # the newest settings message, if its check is still to begin
+        self._check_at = 0.0
+        self._in_recovery: bool | None = None  # what has been heard of the role since that message
         # Every worker may have its successor beside it.
         self.table = StatusTable(2 * config.settings.max_workers)
         self.listeners = Listeners()
@@ -123,6 +130,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Give back every socket but the channel."""
+        self._end_vetting()
         self.listeners.close()
         self.crew.close()
         signal.set_wakeup_fd(-1)
@@ -136,6 +144,8 @@ class Supervisor:
             self._look_at_state = True  # somebody may have removed what the workers share
         self.crew.observe()
         now = self._system.clock()
+        if not self._exit:
+            self._check_settings(now)
         if self._exit and (not self.crew.alive or now >= self._exit[1]):
             return self._exit[0]
         if not self._exit and now >= self._retry_at:
@@ -168,19 +178,59 @@ class Supervisor:
             logger.info("replacing all workers, as ferretdb.restart_workers() asks")
             self.crew.replace_all()
         elif verb is Verb.ROLE:
-            server = replace(self._config.server, in_recovery=body == b"standby")
-            self._apply(replace(self._config, server=server))
+            self._in_recovery = body == b"standby"
+            self._apply(self._config)
         else:
+            self._unchecked, self._check_at = body, self._system.clock()
+            self._in_recovery = None
+
+    def _check_settings(self, now: float) -> None:
+        """Have the newest settings checked, without waiting for it, and make them the running ones."""
+        if self._unchecked is not None and now >= self._check_at:
+            text, self._unchecked = self._unchecked, None
+            self._end_vetting()
             try:
-                config = self._checked(body)
-            except (ValueError, RuntimeError, OSError) as error:
-                self._problems.set("settings", f"{error}; the running configuration stays in force")
+                self._vetting = self._vet(text)
+            except OSError as error:
+                self._check_again(text, f"{error.strerror}", now)
+            else:
+                self._poll.register(self._vetting.socket, select.POLLIN)
+                self.crew.private.append(self._vetting.socket)
+        if self._vetting and self._vetting.done():
+            vetting = self._vetting
+            self._forget_vetting()
+            try:
+                config = vetting.result()
+            except ValueError as error:
+                self._problems.set("settings", f"{error}; {_STAYS}")
+            except RuntimeError as error:
+                self._check_again(vetting.text, str(error), now)
             else:
                 self._problems.solved("settings")
                 self._apply(config)
 
+    def _check_again(self, text: bytes, error: str, now: float) -> None:
+        """Settings that could not be checked: the launcher will not send them again."""
+        hint = "it will be tried again; if pg_ferret or pydantic has been upgraded, end this supervisor"
+        self._problems.set("settings", f"new settings cannot be checked: {error}; {_STAYS}", hint)
+        if self._unchecked is None:
+            self._unchecked, self._check_at = text, now + CHECK_AGAIN_SECONDS
+
+    def _forget_vetting(self) -> None:
+        if self._vetting:
+            self._poll.unregister(self._vetting.socket)
+            self.crew.private.remove(self._vetting.socket)
+            self._vetting = None
+
+    def _end_vetting(self) -> None:
+        if vetting := self._vetting:
+            self._forget_vetting()
+            vetting.end()
+
     def _apply(self, new: Config) -> None:
         """Make ``new`` the running configuration."""
+        if self._in_recovery is not None:
+            new = replace(new, server=replace(new.server, in_recovery=self._in_recovery))
         log.configure(self._channel.socket, new.settings.log_level, "supervisor")
         self._config = self._with_state_dir(new)
         settings = self._config.settings
@@ -326,6 +376,10 @@ class Supervisor:
             due.append(self._retry_at)
         if self.crew.booting(self._system.clock()):
             due.append(self._system.clock() + BRISK_SECONDS)
+        if self._unchecked is not None:
+            due.append(self._check_at)
+        if self._vetting:
+            due.append(self._vetting.deadline)
         if self._exit:
             due.append(self._exit[1])
         until = min(due)

@@ -1,6 +1,8 @@
 """A settings message is checked in a process of its own, which ends with it.
 
-The checks are pydantic's, 10 MB that neither the supervisor nor a worker needs for anything else.
+The checks are pydantic's: neither the supervisor nor a worker needs it for anything else, and it would take 10 MB of
+them.  It is loaded anew for each message, so an upgrade of it on disk meets the settings' definitions in memory: if the
+two do not fit, the running configuration stays in force until the supervisor is started anew.
 """
 
 from __future__ import annotations
@@ -9,78 +11,91 @@ import json
 import os
 import select
 import signal
+import socket
 import time
 from typing import NoReturn
 
 from config.settings import Config
 from supervisor.child import die_with_parent
+from supervisor.plan import exit_text
 
 # A machine too busy to import a library in this time is too busy to change its settings.
-_SECONDS = 20.0
+PATIENCE_SECONDS = 10.0
 _VALID, _REFUSED, _FAILED = b"+", b"-", b"!"
 
 
 class Vetting:
-    """One message under examination; `result` must be called once."""
+    """One message under examination: `result` or `end` must be called, once."""
 
     def __init__(self, text: bytes) -> None:
         """Begin.  Raises OSError when there can be no process."""
+        self.text = text
+        self.deadline = time.monotonic() + PATIENCE_SECONDS
+        self._answer = bytearray()
+        self._complete = False
         parent = os.getpid()
-        self._answer, answer = os.pipe()
-        # They stay blocked in the new process: a signal there would be queued here, by the pipe that both have.
+        self.socket, answer = socket.socketpair()
+        self.socket.setblocking(False)
+        # They stay blocked in the new process: a signal there would be queued here, by the socket that both have.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self._pid = os.fork()
             if self._pid == 0:
                 _vet(text, answer, parent)
         except OSError:
-            os.close(self._answer)
+            self.socket.close()
             raise
         finally:
-            os.close(answer)
+            answer.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def done(self) -> bool:
+        """Whether the verdict is there, or the time is up; to be asked when `socket` can be read, and at `deadline`."""
+        while not self._complete:
+            try:
+                piece = self.socket.recv(1 << 16)
+            except BlockingIOError:
+                return time.monotonic() >= self.deadline
+            self._answer += piece
+            self._complete = not piece
+        return True
+
     def result(self) -> Config:
-        """Wait for the end.  Raises ValueError for a message that is refused, RuntimeError if it cannot be checked."""
-        try:
-            answer = self._read(time.monotonic() + _SECONDS)
-        finally:
-            os.close(self._answer)
-            os.kill(self._pid, signal.SIGKILL)  # it has no more to say
-            os.waitpid(self._pid, 0)
-        verdict, text = answer[:1], answer[1:]
+        """Wait until it is done.  Raises ValueError for a message that is refused, RuntimeError for one that cannot be
+        checked."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        while not self.done():
+            poll.poll(max(0.0, self.deadline - time.monotonic()) * 1000)
+        status = self.end()
+        if not self._complete:
+            raise RuntimeError(f"this took more than {PATIENCE_SECONDS:g} s")
+        if status:
+            raise RuntimeError(f"the process that does it ended by {exit_text(status)}")
+        verdict, text = self._answer[:1], self._answer[1:]
         if verdict == _VALID:
             return Config.of(json.loads(text))
         if verdict == _REFUSED:
             raise ValueError(text.decode("utf-8", "replace"))
-        raise RuntimeError(text.decode("utf-8", "replace") or "the settings could not be checked in time")
+        raise RuntimeError(text.decode("utf-8", "replace"))
 
-    def _read(self, deadline: float) -> bytes:
-        """All that the other process says until its end; nothing if that does not come in time."""
-        answer = bytearray()
-        poll = select.poll()
-        poll.register(self._answer, select.POLLIN)
-        while poll.poll(max(0, deadline - time.monotonic()) * 1000):
-            piece = os.read(self._answer, 1 << 16)
-            if not piece:
-                return bytes(answer)
-            answer += piece
-        return b""
+    def end(self) -> int:
+        """Have the process gone, whether it is done or not; its wait status."""
+        self.socket.close()
+        if not self._complete:
+            os.kill(self._pid, signal.SIGKILL)
+        return os.waitpid(self._pid, 0)[1]
 
 
-def vetted(text: bytes) -> Config:
-    """Check a message and wait for it; raises as `Vetting` does."""
-    return Vetting(text).result()
-
-
-def _vet(text: bytes, answer: int, parent: int) -> NoReturn:
+def _vet(text: bytes, answer: socket.socket, parent: int) -> NoReturn:
+    status = 1
     try:
         die_with_parent()
         if os.getppid() == parent:
-            with open(answer, "wb") as pipe:
-                pipe.write(_verdict(text))
+            answer.sendall(_verdict(text))
+            status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _verdict(text: bytes) -> bytes:

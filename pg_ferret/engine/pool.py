@@ -90,8 +90,8 @@ class Pool:
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._costs = Costs()
-        self.finds = Lines(FIND, self._measure)
-        self.get_mores = Lines(GET_MORE, self._measure)
+        self.finds = Lines(FIND, self._measure, self._has_room)
+        self.get_mores = Lines(GET_MORE, self._measure, self._has_room)
         self._lines_wanted: list[Lines] = []  # a line more is due, on the next connection that fits
         self._allot_lines()
         self._owner = Owner(self._elsewhere, self._line_ended, self._line_stalled)
@@ -192,6 +192,13 @@ class Pool:
         room = self._limits.largest // 2
         self.finds.allot(min(_LINES_OF_FINDS, room))
         self.get_mores.allot(min(_LINES_OF_GET_MORES, max(0, room - _LINES_OF_FINDS)))
+
+    def _has_room(self) -> bool:
+        """Whether a connection is idle or may still be opened."""
+        return bool(self._idle) or self._may_grow()
+
+    def _may_grow(self) -> bool:
+        return self._open and self.size + self._growing < self._limits.largest
 
     async def _measure(self, lines: Lines, read: Shared) -> Row:
         if self._idle:
@@ -357,7 +364,7 @@ class Pool:
             self._grow()
 
     def _grow(self) -> None:
-        if self._open and self.size + self._growing < self._limits.largest:
+        if self._may_grow():
             self._growing += 1
             self._spawn(self._lease())
 

@@ -93,6 +93,7 @@ class SharedLine(Pipeline):
         "_late",
         "_owner",
         "_scheduled",
+        "_seen",
         "_since",
         "_watched",
         "waiting",
@@ -107,6 +108,7 @@ class SharedLine(Pipeline):
         self._answered = 0  # reads of the oldest batch that have their answer
         self._since = 0.0  # when the server began with the oldest batch
         self._late = 0.0  # from then on it takes too long
+        self._seen = (0.0, 0)  # how far it was when it was last looked at: `_since` and `_answered`
         self._scheduled = False
         self._watched = False
         self.waiting = 0  # reads without an answer
@@ -142,7 +144,7 @@ class SharedLine(Pipeline):
             self._begin(self._loop.time(), self._filling)
         if not self._watched:
             self._watched = True
-            self._loop.call_later(STALL_SECONDS, self._watch)
+            self._look_again()
         self._batches.append(self._filling)
         self._filling = []
         self.busy = True
@@ -210,8 +212,8 @@ class SharedLine(Pipeline):
         """While anybody waits: does the line move?"""
         if self.lost or not self._batches:
             self._watched = False
-        elif self._loop.time() - self._since < STALL_SECONDS:
-            self._loop.call_later(STALL_SECONDS, self._watch)
+        elif not self.waiting or self._seen != (self._since, self._answered):
+            self._look_again()
         else:
             waiting = self._give_up()
             first, _ = waiting[0]
@@ -219,6 +221,10 @@ class SharedLine(Pipeline):
             self._owner.stalled(self, first)
             for one in waiting:
                 self._elsewhere(*one)
+
+    def _look_again(self) -> None:
+        self._seen = self._since, self._answered
+        self._loop.call_later(STALL_SECONDS, self._watch)
 
     def _elsewhere(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
         if not waiter.done():
@@ -258,15 +264,21 @@ class SharedLine(Pipeline):
 class Lines:
     """The connections that reads by one call share: more than one only if there is work for more."""
 
-    __slots__ = ("_measured", "_most", "_only", "all", "call")
+    __slots__ = ("_free", "_measured", "_most", "_only", "all", "call")
 
-    def __init__(self, call: Call, measured: Callable[[Lines, Shared], Awaitable[Row]]) -> None:
-        """`measured` runs a read on a connection of its own, to learn what it costs or because another line is due."""
+    def __init__(
+        self, call: Call, measured: Callable[[Lines, Shared], Awaitable[Row]], free: Callable[[], bool]
+    ) -> None:
+        """`measured` runs a read on a connection of its own, to learn what it costs or because another line is due.
+
+        `free` tells whether there is such a connection, or may be.
+        """
         self.call = call
         self.all: list[SharedLine] = []
         self._most = 0
         self._only: SharedLine | None = None  # there is one, and there will be no other
         self._measured = measured
+        self._free = free
 
     def share(self, read: Shared) -> Awaitable[Row]:
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
@@ -276,7 +288,7 @@ class Lines:
         for line in self.all:
             if (shortest is None or line.waiting < shortest.waiting) and line.takes(read):
                 shortest = line
-        if shortest is None or (shortest.waiting and self.due):
+        if shortest is None or (shortest.waiting and self.due and self._free()):
             return self._measured(self, read)
         return shortest.add(read)
 

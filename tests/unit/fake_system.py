@@ -12,6 +12,7 @@ from pg_ferret.status import Slot, State
 from supervisor.channel import Channel
 from supervisor.crew import System
 from supervisor.prefork import Gateway, Supervisor
+from supervisor.vetting import Vetting
 from tests.unit.samples import config, message
 
 
@@ -21,7 +22,7 @@ class FakeSystem:
     def __init__(self) -> None:
         self.now = 1000.0
         self.running: list[int] = []
-        self.dead: list[tuple[int, int]] = []
+        self.dead: dict[int, int] = {}  # wait status by pid
         self.sent: list[tuple[int, int]] = []
         self.fork_fails = False
         self._last_pid = 100
@@ -36,15 +37,41 @@ class FakeSystem:
     def kill(self, pid: int, number: int) -> None:
         self.sent.append((pid, number))
 
-    def waitpid(self, _pid: int, _options: int) -> tuple[int, int]:
-        return self.dead.pop(0) if self.dead else (0, 0)
+    def waitpid(self, pid: int, _options: int) -> tuple[int, int]:
+        return (pid, self.dead.pop(pid)) if pid in self.dead else (0, 0)
 
     def end(self, pid: int, wait_status: int) -> None:
         self.running.remove(pid)
-        self.dead.append((pid, wait_status))
+        self.dead[pid] = wait_status
 
     def system(self) -> System:
         return System(self.fork, self.kill, self.waitpid, lambda: self.now)
+
+
+class FakeVetting(Vetting):
+    """A check in this very process, which takes as long as the world wants."""
+
+    def __init__(self, text: bytes, world: World) -> None:
+        if isinstance(world.vetting_error, OSError):
+            raise world.vetting_error
+        self.text = text
+        self.deadline = float("inf")
+        self.socket, self._other = socket.socketpair()
+        self._world = world
+
+    def done(self) -> bool:
+        return not self._world.vetting_takes_long
+
+    def result(self) -> Config:
+        self.end()
+        if self._world.vetting_error:
+            raise self._world.vetting_error
+        return checked(self.text)
+
+    def end(self) -> int:
+        self.socket.close()
+        self._other.close()
+        return 0
 
 
 class World:
@@ -56,9 +83,14 @@ class World:
         self.launcher.setblocking(False)
         self.prepared: list[Config] = []
         self.state_dir_error = ""
+        self.vetting_error: Exception | None = None
+        self.vetting_takes_long = False
         gateway = Gateway(lambda _: 0, self.prepare)
-        self.supervisor = Supervisor(Channel(theirs), config(), gateway, checked, self.fake.system())
+        self.supervisor = Supervisor(Channel(theirs), config(), gateway, self.vet, self.fake.system())
         self.theirs = theirs
+
+    def vet(self, text: bytes) -> Vetting:
+        return FakeVetting(text, self)
 
     def prepare(self, new: Config) -> Path:
         self.prepared.append(new)

@@ -152,6 +152,71 @@ def test_garbage_instead_of_settings_changes_nothing(world: World) -> None:
     assert world.fake.running == [101, 102]
 
 
+def test_the_loop_goes_on_while_settings_are_checked(world: World) -> None:
+    world.ready()
+    world.turn(10)
+    world.vetting_takes_long = True
+    world.configure(workers="3")
+    world.fake.end(101, KILLED)
+    world.turn()
+    assert world.fake.running == [102, 103]
+    world.vetting_takes_long = False
+    world.turn()
+    assert world.fake.running == [102, 103, 104]
+
+
+def test_the_newest_settings_are_the_ones_that_count(world: World) -> None:
+    world.vetting_takes_long = True
+    world.configure(workers="4")
+    world.configure(workers="3")
+    world.vetting_takes_long = False
+    world.turn()
+    assert world.fake.running == [101, 102, 103]
+
+
+def test_a_role_told_while_settings_are_checked_is_newer_than_they(world: World) -> None:
+    world.vetting_takes_long = True
+    world.configure(pool_min_conns="5")
+    world.launcher.send(b"Rstandby")
+    world.turn()
+    world.vetting_takes_long = False
+    world.turn()
+    orders = world.supervisor.crew.orders
+    assert orders is not None
+    assert (orders.config.settings.pool_min_conns, orders.config.server.in_recovery) == (5, True)
+    world.configure(pool_min_conns="6")
+    orders = world.supervisor.crew.orders
+    assert orders is not None
+    assert (orders.config.settings.pool_min_conns, orders.config.server.in_recovery) == (6, False)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("ModuleNotFoundError: pydantic")]
+)
+def test_settings_that_cannot_be_checked_are_tried_again(world: World, error: Exception) -> None:
+    world.vetting_error = error
+    world.configure(workers="3")
+    assert world.fake.running == [101, 102]
+    assert "cannot be checked" in world.slot(0).message
+    assert str(error.args[-1]) in world.slot(0).message
+    world.vetting_error = None
+    world.turn(1)
+    assert world.fake.running == [101, 102]
+    world.turn(4)
+    assert world.fake.running == [101, 102, 103]
+    assert "cannot be checked" not in world.slot(0).message
+
+
+def test_a_stop_does_not_wait_for_settings(world: World) -> None:
+    world.vetting_takes_long = True
+    world.configure(workers="3")
+    world.launcher.send(b"Qfast")
+    world.turn()
+    for pid in (101, 102):
+        world.fake.end(pid, LEFT)
+    assert world.turn() == 0
+
+
 def test_no_worker_before_the_state_directory_is_there(world: World) -> None:
     world.configure(enabled="off")
     for pid in (101, 102):
