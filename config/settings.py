@@ -102,16 +102,18 @@ class Settings:
             bounds=(0, 2_000_000_000),
         ),
     ] = 0
-    max_connections: Annotated[int, Guc("Client connections allowed, all workers together.", bounds=(1, 1_000_000))] = (
-        10_000
-    )
+    max_connections: Annotated[
+        int,
+        Guc("Client connections allowed, all workers together.", bounds=(1, 1_000_000)),
+    ] = 10_000
     pool_min_conns: Annotated[
         int, Guc("Connections to PostgreSQL kept open, all workers together.", bounds=(0, 10_000))
     ] = 4
     pool_max_conns: Annotated[
         int,
         Guc(
-            "Connections to PostgreSQL allowed, all workers together; each worker has at least one.", bounds=(1, 10_000)
+            "Connections to PostgreSQL allowed, all workers together; each worker has at least one.",
+            bounds=(1, 10_000),
         ),
     ] = 40
     batch_scheduling: Annotated[
@@ -147,9 +149,10 @@ class Settings:
             bounds=(64, 1024 * 1024),
         ),
     ] = 1024
-    cursor_timeout: Annotated[int, Guc("How long an idle cursor is kept.", milliseconds=True, bounds=(SECOND, DAY))] = (
-        10 * MINUTE
-    )
+    cursor_timeout: Annotated[
+        int,
+        Guc("How long an idle cursor is kept.", milliseconds=True, bounds=(SECOND, DAY)),
+    ] = 10 * MINUTE
     worker_timeout: Annotated[
         int,
         Guc(

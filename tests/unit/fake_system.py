@@ -113,6 +113,13 @@ class World:
             if slot.get("pid") in self.fake.running:
                 slot.set(state=State.READY, heartbeat=int(self.fake.now * 1e9))
 
+    @property
+    def running(self) -> Config:
+        """The configuration that the workers have been given."""
+        orders = self.supervisor.crew.orders
+        assert orders is not None
+        return orders.config
+
     def slot(self, index: int) -> Slot:
         return self.supervisor.table[index]
 

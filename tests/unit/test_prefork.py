@@ -181,13 +181,9 @@ def test_a_role_told_while_settings_are_checked_is_newer_than_they(world: World)
     world.turn()
     world.vetting_takes_long = False
     world.turn()
-    orders = world.supervisor.crew.orders
-    assert orders is not None
-    assert (orders.config.settings.pool_min_conns, orders.config.server.in_recovery) == (5, True)
+    assert (world.running.settings.pool_min_conns, world.running.server.in_recovery) == (5, True)
     world.configure(pool_min_conns="6")
-    orders = world.supervisor.crew.orders
-    assert orders is not None
-    assert (orders.config.settings.pool_min_conns, orders.config.server.in_recovery) == (6, False)
+    assert (world.running.settings.pool_min_conns, world.running.server.in_recovery) == (6, False)
 
 
 @pytest.mark.parametrize(
@@ -237,18 +233,14 @@ def test_state_directory_does_not_move_under_running_workers(world: World) -> No
     world.configure(state_dir="/elsewhere", workers="3")
     assert world.fake.running == [101, 102, 103]
     assert "ferretdb.state_dir" in world.slot(0).message
-    orders = world.supervisor.crew.orders
-    assert orders is not None
-    assert orders.config.settings.state_dir == ""
+    assert world.running.settings.state_dir == ""
     assert {item.settings.state_dir for item in world.prepared} == {""}
 
 
 def test_role_is_forwarded(world: World) -> None:
     world.launcher.send(b"Rstandby")
     world.turn()
-    orders = world.supervisor.crew.orders
-    assert orders is not None
-    assert orders.config.server.in_recovery
+    assert world.running.server.in_recovery
 
 
 @pytest.mark.parametrize("order", [b"Qfast", b"Qsmart"])
