@@ -33,8 +33,6 @@ _SETTINGS = {
     "autovacuum": "off",
     "ferretdb.max_connections": "20000",
 }
-# What a moment's work took is given back by then, as far as a target does so.
-_SETTLE_SECONDS = 12.0
 # pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
 _PGBENCH_CLIENTS = 64
 
@@ -88,13 +86,13 @@ def _line(sample: Sample) -> str:
     )
 
 
-def idle_memory(target: Target, clients: int) -> dict[str, object]:
-    """PSS of a target now, and with so many more clients that do nothing; each time after a while of rest."""
-    time.sleep(_SETTLE_SECONDS)
+def idle_memory(target: Target, clients: int, rest: float) -> dict[str, object]:
+    """PSS of a target now, and with so many more clients that do nothing; each time after ``rest`` seconds."""
+    time.sleep(rest)
     before = target.memory()
     load = target.load(Point("idle", clients), 0)
     error = "" if load.ready else str(load.run().get("error"))
-    time.sleep(_SETTLE_SECONDS if load.ready else 0)
+    time.sleep(rest if load.ready else 0)
     after = target.memory()
     if load.ready:
         load.run()
@@ -134,7 +132,9 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
         cluster.psql("checkpoint")
         started = time.monotonic()
         # Idle clients first: later the memory would be what the load before has left.
-        idle = [idle_memory(target, plan.idle) for target in targets if plan.idle and target.name != Pgbench.name]
+        idle = [
+            idle_memory(target, plan.idle, plan.rest) for target in targets if plan.idle and target.name != Pgbench.name
+        ]
         samples = measure(targets, plan)
         loaded = {target.name: target.memory() for target in targets}
         # Before the growth of cost is measured: that changes the number of workers.

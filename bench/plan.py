@@ -39,7 +39,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """``rounds`` passes over ``points``, each for ``seconds`` per target; ``idle`` clients that do nothing.
+    """``rounds`` passes over ``points``, each for ``seconds`` per target; ``idle`` clients that do nothing,
+    and ``rest`` seconds before memory is looked at.
 
     And pg_ferret alone with so many ``cursors`` open and so many ``collections`` more, if any.
     """
@@ -48,6 +49,7 @@ class Plan:
     rounds: int
     seconds: float
     idle: int
+    rest: float = 0.0
     cursors: int = 0
     collections: int = 0
 
@@ -103,6 +105,7 @@ FULL = Plan(
     rounds=5,
     seconds=2.0,
     idle=10_000,
+    rest=12.0,  # what a moment's work took is given back by then, as far as a target does so
     cursors=100_000,
     collections=10_000,
 )

@@ -236,7 +236,7 @@ def _goals(run: dict[str, Any]) -> list[str]:
             goal(f"{TITLES[op]}, {clients} clients: ops/s", rate, ratio.rate, least=True)
             goal(f"{TITLES[op]}, {clients} clients: CPU of gateway", gateway, ratio.gateway)
             goal(f"{TITLES[op]}, {clients} clients: p99", 1.0, ratio.p99)
-    fresh = {name: figures[0] for name, figures in run["fresh_memory"].items()}
+    fresh = {name: figures[0] for name, figures in run["fresh_memory"].items() if run["idle"]}
     idle = {sample["target"]: sample["gateway"] for sample in run["idle"] if not sample["error"]}
     for name, memory in (("memory, just started", fresh), ("memory with idle clients", idle)):
         if memory.get("FerretDB") and memory.get("pg_ferret"):
@@ -269,6 +269,8 @@ def _growth(run: dict[str, Any]) -> list[str]:
 
 
 def _memory(run: dict[str, Any]) -> list[str]:
+    if not run["idle"]:
+        return []
     lines = [
         "",
         "Memory (PSS of the gateway; for pg_ferret the supervisor and all workers):",

@@ -150,8 +150,13 @@ def settings_md() -> str:
         connection is dropped unless the setting itself asks for it; *restart* settings need a restart of the server.
 
         A value that PostgreSQL refuses at a reload leaves the running value in force; at a server start the default
-        takes its place. Both are logged, and shown in `ferretdb.settings_errors` and in the `message` column of
-        `ferretdb.status`.
+        takes its place. A value that cannot be in force for another reason is put into force as far as it can: more
+        workers than `ferretdb.max_workers` are as many as that, and while an address cannot be listened on, those
+        that are open stay open. Both are logged, and shown in `ferretdb.settings_errors` and in the `message` column
+        of `ferretdb.status`.
+
+        In SQL, write octal numbers in quotes, as in `ALTER SYSTEM SET ferretdb.unix_socket_permissions = '0770'`: SQL
+        itself reads 0770 as the decimal number 770.
 
         | name | type | default | range | change | meaning |
         |---|---|---|---|---|---|
@@ -160,7 +165,7 @@ def settings_md() -> str:
     for item in settings():
         change = "restart" if item.guc.restart else "reload"
         if "GUC_SUPERUSER_ONLY" in item.guc.flags:
-            change += "; shown to superusers only"
+            change += "; shown to superusers and `pg_read_all_settings` only"
         default = item.human(item.default)
         cells = (f"`{PREFIX}{item.name}`", item.kind, f"`{default}`" if default else "empty", item.range, change)
         rows.append("| " + " | ".join((*cells, item.guc.help)) + " |\n")

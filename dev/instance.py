@@ -62,7 +62,13 @@ class Instance:
             _say("making a new database cluster")
         cluster.init()
         self._ports_file.write_text(json.dumps({"port": port, "pg_port": pg_port}))
-        cluster.start()
+        try:
+            cluster.start()
+        except (ClusterError, TimeoutError) as error:
+            if cluster.pid is None:
+                raise
+            hint = "PostgreSQL runs: make psql reaches it, for example to reset a setting; make stop ends it"
+            raise ClusterError(f"{error}\n{hint}") from None
         self.remember(cluster)
         return cluster
 

@@ -348,17 +348,23 @@ class Supervisor:
     def _state(self) -> State:
         if self._exit:
             return State.STOPPING
-        if "prepare" in self._problems and not self._prepared and self._config.settings.enabled:
+        if self._config.settings.enabled and self._serves_nobody():
             return State.FAILED
         seats = [seat for seat in self.crew.seats if seat.serving]
         if not self._config.settings.enabled or any(seat.process and seat.process.ready for seat in seats):
             return State.READY
         return State.BACKOFF if seats and all(seat.retry is not None for seat in seats) else State.STARTING
 
+    def _serves_nobody(self) -> bool:
+        """Whether something keeps every client away: the workers' directory, or all addresses that were asked for."""
+        if "prepare" in self._problems and not self._prepared:
+            return True
+        return bool(self.listeners.problems) and not self.listeners.sockets
+
     def _message(self) -> str:
         problems = [*self._problems.texts, *map(str, self.listeners.problems.values())]
         if problems:
-            return "; ".join(problems)
+            return "; ".join([*problems, f"listening on {', '.join(self.listeners.sockets) or 'no address'}"])
         if not self._config.settings.enabled:
             return "ferretdb.enabled is off"
         return serving_message(self.listeners.sockets)

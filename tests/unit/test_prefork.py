@@ -222,7 +222,7 @@ def test_no_worker_before_the_state_directory_is_there(world: World) -> None:
     world.configure(state_dir="/full")
     assert world.fake.running == []
     world.turn(1)
-    assert world.slot(0).message == world.state_dir_error
+    assert world.slot(0).message == f"{world.state_dir_error}; listening on no address"
     assert sum(world.state_dir_error in line for line in world.lines()) == 1
     world.state_dir_error = ""
     world.turn(1)

@@ -102,12 +102,23 @@ def test_port_in_use_is_told_and_retried_while_the_rest_serves(launcher: Launche
         other.listen()
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         launcher.configure(listen_addr=taken)
-        launcher.until(lambda: launcher.message() == f"ferretdb.listen_addr: {taken}: Address already in use, retrying")
+        problem = f"ferretdb.listen_addr: {taken}: Address already in use, retrying"
+        launcher.until(lambda: launcher.message() == f"{problem}; listening on {old}")
+        assert launcher.slots[0].get("state") == State.READY
         assert launcher.client(old).alive()
     launcher.until(lambda: launcher.message() == f"pg_ferret 0.1.0 on {taken}")
     assert launcher.client(taken).alive()
     launcher.until(lambda: launcher.connect(old) is None)
     assert sum("Address already in use" in line for line in launcher.lines) == 1
+
+
+def test_without_any_address_it_is_not_ready(launcher: Launcher) -> None:
+    launcher.configure(listen_addr="0.0.0.0:27017")
+    launcher.until(lambda: "listening on no address" in launcher.message())
+    launcher.until(lambda: len(launcher.workers(State.READY)) == 2)
+    assert launcher.slots[0].get("state") == State.FAILED
+    launcher.configure(listen_addr="-")
+    launcher.until(lambda: launcher.slots[0].get("state") == State.READY)
 
 
 def test_invalid_configuration_leaves_the_running_one(launcher: Launcher) -> None:
