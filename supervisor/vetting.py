@@ -91,6 +91,9 @@ def _vet(text: bytes, answer: socket.socket, parent: int) -> NoReturn:
     status = 1
     try:
         die_with_parent()
+        # An address that is closed meanwhile must not seem open because of us.
+        os.closerange(3, answer.fileno())
+        os.closerange(answer.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         if os.getppid() == parent:
             answer.sendall(_verdict(text))
             status = 0

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +77,28 @@ def test_one_that_is_given_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     check = Vetting(message())
     assert not check.done()
     assert os.WTERMSIG(check.end()) == signal.SIGKILL
+
+
+def accepts(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_it_holds_no_address_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vetting, "_verdict", lambda _: signal.pause())
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        check = Vetting(message())
+    deadline = time.monotonic() + 10
+    try:
+        while accepts(address):
+            assert time.monotonic() < deadline
+        assert not check.done()
+    finally:
+        check.end()
 
 
 def test_one_that_dies_tells_how(monkeypatch: pytest.MonkeyPatch) -> None:
