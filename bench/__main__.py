@@ -192,8 +192,9 @@ def main() -> int:
         "make bench",
         "QUICK=1" if options.quick else "",
         f'ONLY="{" ".join(options.only)}"' if options.only else "",
+        f"ROUNDS={options.rounds}" if options.rounds else "",
     ]
-    result["command"] = " ".join(filter(None, [*command, f"ROUNDS={options.rounds}" if options.rounds else ""]))
+    result["command"] = " ".join(filter(None, command))
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

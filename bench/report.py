@@ -84,10 +84,10 @@ def cells(run: dict[str, Any]) -> dict[Key, dict[str, Cell]]:
 
 def rounds(run: dict[str, Any]) -> dict[Key, dict[str, list[Cell]]]:
     """The same, round by round."""
-    found: dict[Key, dict[str, list[Cell]]] = {}
-    for key, row in _samples(run).items():
-        found[key] = defaultdict(list, {target: [_cell([one]) for one in row[target]] for target in row})
-    return found
+    return {
+        key: {target: [_cell([one]) for one in found] for target, found in row.items()}
+        for key, row in _samples(run).items()
+    }
 
 
 def _cell(samples: list[dict[str, Any]]) -> Cell:
@@ -181,8 +181,7 @@ def ratios_of(run: dict[str, Any]) -> dict[Key, Ratio]:
     """pg_ferret's figures divided by FerretDB's, where there are both."""
     found = {}
     for key, row in rounds(run).items():
-        pairs = [pair for pair in zip(row["pg_ferret"], row["FerretDB"], strict=False) if pair[0].rate and pair[1].rate]
-        if pairs:
+        if pairs := _pairs(row.get("pg_ferret", []), row.get("FerretDB", [])):
             rates = [ours.rate / theirs.rate for ours, theirs in pairs]
             found[key] = Ratio(
                 rate=statistics.median(rates),
@@ -195,6 +194,11 @@ def ratios_of(run: dict[str, Any]) -> dict[Key, Ratio]:
     return found
 
 
+def _pairs(ours: list[Cell], theirs: list[Cell]) -> list[tuple[Cell, Cell]]:
+    """Two rows of rounds side by side, without the rounds in which one of them failed."""
+    return [(one, other) for one, other in zip(ours, theirs, strict=False) if one.rate and other.rate]
+
+
 def _quotient(ours: float, theirs: float) -> float:
     return ours / theirs if theirs else float("nan")
 
@@ -205,8 +209,7 @@ def _slowdowns(run: dict[str, Any], op: str) -> dict[str, float]:
     with_it, without = found.get((f"{op}-beside", 64), {}), found.get((op, 64), {})
     slowdowns = {}
     for target, samples in with_it.items():
-        pairs = [pair for pair in zip(samples, without.get(target, []), strict=False) if pair[0].p99 and pair[1].p99]
-        if pairs:
+        if pairs := _pairs(samples, without.get(target, [])):
             slowdowns[target] = statistics.median(beside.p99 / alone.p99 for beside, alone in pairs)
     return slowdowns
 

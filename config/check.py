@@ -25,8 +25,8 @@ _SOCKET_PATH_BYTES = 107
 class _Settings(Settings):
     """The settings, from the texts that pg_settings shows."""
 
-    def plain(self) -> Settings:
-        """The same without pydantic."""
+    def without_pydantic(self) -> Settings:
+        """The same, of the class that everybody else knows."""
         return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     @field_validator("listen_addr", mode="before")
@@ -95,7 +95,7 @@ def checked(text: bytes | str) -> Config:
         message = _message.validate_json(text)
     except ValidationError as error:
         raise ValueError(_explained(error)) from None
-    return Config(message.settings.plain(), message.server)
+    return Config(message.settings.without_pydantic(), message.server)
 
 
 def _explained(error: ValidationError) -> str:

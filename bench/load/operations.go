@@ -29,8 +29,8 @@ var errExhausted = errors.New("nothing is left to delete")
 type step func(context.Context, *client) error
 
 // operation is what is measured, and what it needs before and after. other, if set, is what the first client does
-// instead, unmeasured. rate, if set, is how many a second all clients together send (with other, the first one's share is missing). warm replaces run while connections
-// are opened.
+// instead, unmeasured. rate, if set, is how many a second all clients together send; with other, less the first one's
+// share. warm replaces run while connections are opened.
 type operation struct {
 	run     step
 	warm    step

@@ -96,7 +96,6 @@ class SharedLine(Pipeline):
         "_seen",
         "_since",
         "_watched",
-        "waiting",
     )
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, call: Call, costs: Costs, owner: Owner) -> None:
@@ -111,7 +110,6 @@ class SharedLine(Pipeline):
         self._seen = (0.0, 0)  # how far it was when it was last looked at: `_since` and `_answered`
         self._scheduled = False
         self._watched = False
-        self.waiting = 0  # reads without an answer
         super().__init__(conn, loop)
 
     def takes(self, read: Shared) -> bool:
@@ -120,12 +118,16 @@ class SharedLine(Pipeline):
             return False
         return not self._batches or self._loop.time() <= self._late
 
+    @property
+    def waiting(self) -> int:
+        """Reads without an answer."""
+        return len(self._filling) + sum(map(len, self._batches)) - self._answered
+
     def add(self, read: Shared) -> asyncio.Future[Row]:
         """The future gets the first row of the result; it raises EngineError or EngineLostError."""
         waiter: asyncio.Future[Row] = self._loop.create_future()
         call, params, _, _ = read
         self._filling.append((read, waiter))
-        self.waiting += 1
         try:
             self._pg.send_query_prepared(call.name, params, call.formats, 1)
         except psycopg.Error:
@@ -165,7 +167,6 @@ class SharedLine(Pipeline):
             get = result.get_value
             _, waiter = self._batches[0][self._answered]
             self._answered += 1
-            self.waiting -= 1
             page = get(0, 0)
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
@@ -184,7 +185,6 @@ class SharedLine(Pipeline):
             return
         read, waiter = self._batches[0][self._answered]
         self._answered += 1
-        self.waiting -= 1
         self._costs.note(read.shape, STALL_SECONDS)  # whoever sends such reads again is not to hold others up
         if not waiter.done():
             waiter.set_exception(error)
@@ -202,7 +202,6 @@ class SharedLine(Pipeline):
                 self._costs.note(read.shape, seconds)
         if self._answered < len(batch):
             for waiting in batch[self._answered :]:
-                self.waiting -= 1
                 self._elsewhere(*waiting)
         self._answered = 0
         if self._call is None:
@@ -238,7 +237,7 @@ class SharedLine(Pipeline):
         waiting = [*(one for batch in self._batches for one in batch), *self._filling][self._answered :]
         self._batches.clear()
         self._filling = []
-        self.waiting = 0
+        self._answered = 0
         return waiting
 
     def _end(self) -> None:
@@ -284,13 +283,10 @@ class Lines:
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
         if (only := self._only) is not None and only.takes(read):
             return only.add(read)
-        shortest = None
-        for line in self.all:
-            if (shortest is None or line.waiting < shortest.waiting) and line.takes(read):
-                shortest = line
-        if shortest is None or (shortest.waiting and self.due and self._free()):
+        line = min((line for line in self.all if line.takes(read)), key=_waiting, default=None)
+        if line is None or (line.waiting and self.due and self._free()):
             return self._measured(self, read)
-        return shortest.add(read)
+        return line.add(read)
 
     @property
     def due(self) -> bool:
@@ -319,3 +315,7 @@ class Lines:
 
     def _changed(self) -> None:
         self._only = self.all[0] if len(self.all) == self._most == 1 else None
+
+
+def _waiting(line: SharedLine) -> int:
+    return line.waiting

@@ -19,7 +19,7 @@ from pg_ferret.engine import calls
 from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
-from pg_ferret.engine.shared import Shared
+from pg_ferret.engine.shared import Lines, Shared
 from pg_ferret.errors import EngineError
 from tests.integration.conftest import configuration
 
@@ -90,12 +90,17 @@ async def wait_until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.005)
 
 
-async def shared(pool: Pool, number: int = 0) -> asyncio.Future[Row]:
-    """A read that has joined the line; others make it cheap, and the line be there."""
+async def joined(lines: Lines, wanted: Shared) -> asyncio.Future[Row]:
+    """The read, when it has joined a line; until then it is read alone, which makes it cheap, and the line be there."""
     async with asyncio.timeout(_PATIENCE_SECONDS):
-        while not asyncio.isfuture(read := pool.finds.share(find(number))):
+        while not asyncio.isfuture(read := lines.share(wanted)):
             await read
     return read
+
+
+async def shared(pool: Pool, number: int = 0) -> asyncio.Future[Row]:
+    """A point read that has joined the line."""
+    return await joined(pool.finds, find(number))
 
 
 def active(cluster: Cluster) -> list[str | None]:
@@ -192,10 +197,9 @@ async def test_pages_share_as_many_lines_as_there_is_room_for(
             if len(pool.get_mores.all) == lines:
                 break
             assert time.monotonic() < deadline
-        while lines and not asyncio.isfuture(first := pool.get_mores.share(pages[0])):
-            await first  # it has just taken long for once
-        together = [first] if lines else [pool.get_mores.share(pages[0])]
-        together += [pool.get_mores.share(page) for page in pages[1:]]
+        # On a busy machine pages may have just taken long for once: such are read alone.
+        first = await joined(pool.get_mores, pages[0]) if lines else pool.get_mores.share(pages[0])
+        together = [first, *[pool.get_mores.share(page) for page in pages[1:]]]
         assert all(map(asyncio.isfuture, together)) == (lines > 0)
         assert [rest(row) for row in await asyncio.gather(*together)] == [rest(row) for row in rows]
         # Room is left for others, whatever the pages do.
@@ -224,9 +228,7 @@ async def test_pages_behind_one_that_stalls_are_read_elsewhere(cluster: Cluster,
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 while len(pool.get_mores.all) < 2:
                     await asyncio.gather(*[pool.get_mores.share(page) for page in pages])
-                # On a busy machine pages may have just taken long for once: such are read alone.
-                while not asyncio.isfuture(first := pool.get_mores.share(pages[0])):
-                    await first
+            first = await joined(pool.get_mores, pages[0])
             stalled = pool.get_mores.share(blocked)
             behind = [first, *[pool.get_mores.share(page) for page in pages[1:]]]
             assert asyncio.isfuture(stalled)
