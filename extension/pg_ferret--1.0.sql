@@ -40,3 +40,10 @@ CREATE FUNCTION ferretdb.checked_bson(bytea) RETURNS bytea
 AS 'MODULE_PATHNAME', 'ferretdb_checked_bson' LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;
 CREATE FUNCTION ferretdb.checked_bsonsequence(bytea) RETURNS bytea
 AS 'MODULE_PATHNAME', 'ferretdb_checked_bsonsequence' LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;
+
+-- A write that the gateway flushes together with others: see commit.c.
+CREATE FUNCTION ferretdb.commit_unflushed(wanted boolean) RETURNS bigint
+AS 'MODULE_PATHNAME', 'ferretdb_commit_unflushed' LANGUAGE C STRICT VOLATILE;
+CREATE FUNCTION ferretdb.flush_commits(incarnation bigint) RETURNS void
+AS 'MODULE_PATHNAME', 'ferretdb_flush_commits' LANGUAGE C STRICT VOLATILE;
+REVOKE ALL ON FUNCTION ferretdb.commit_unflushed(boolean), ferretdb.flush_commits(bigint) FROM PUBLIC;

@@ -16,6 +16,7 @@
 #include "storage/ipc.h"
 #include "storage/shmem.h"
 #include "utils/guc.h"
+#include "utils/timestamp.h"
 
 #include "pg_ferret.h"
 
@@ -167,6 +168,7 @@ create_shared(void)
 	{
 		memset(ferret_shared, 0, shared_size());
 		ferret_shared->lock = &GetNamedLWLockTranche("pg_ferret")->lock;
+		ferret_shared->incarnation = GetCurrentTimestamp();
 	}
 	LWLockRelease(AddinShmemInitLock);
 }

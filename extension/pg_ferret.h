@@ -26,6 +26,7 @@ enum
 typedef struct FerretShared
 {
 	LWLock	   *lock;
+	int64		incarnation;	/* of shared memory; never changes */
 	pid_t		launcher;		/* 0 if there is none */
 	ProcNumber	launcher_proc;	/* whose latch wakes it */
 	int64		rollings;		/* calls of ferretdb.restart_workers() */

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from pg_ferret.commands import write_errors
 from pg_ferret.commands.arguments import Namespace, collection, database, session, spec, unchanged
 from pg_ferret.engine import calls
+from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
-from pg_ferret.engine.shared import Shared
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
@@ -26,6 +26,13 @@ _FOR_EVER = float("inf")
 _FOUND_NOTHING = b"\x10n\0\0\0\0\0\x08updatedExisting\0\0\0\x03value\0"
 _FOUND_ONE = b"\x10n\0\1\0\0\0\x08updatedExisting\0\1\0\x03value\0"
 _HEAD_BYTES = 100
+# A write that may share a connection: of how many bytes its statement may be, and of what type the value of an _id in
+# it; a document could be operators, a regular expression matches many.
+_SMALL_BYTES = 4096
+_ID_TYPES = frozenset(
+    (bson.DOUBLE, bson.STRING, bson.BINARY, bson.OBJECT_ID, bson.BOOL, bson.DATE, bson.INT32, bson.INT64)
+)
+_NO_QUERY = (0, 0, 0)
 
 
 def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes:
@@ -130,35 +137,80 @@ def delete(request: Request, client: Client) -> Awaitable[bytes]:
     return _write(calls.DELETE, b"deletes", request, client)
 
 
+class _Write(NamedTuple):
+    """What there is to know of a write before its collection and its statements are looked at."""
+
+    db: bytes
+    rewritten: bool  # the engine must not see it as it came
+    namespace: Namespace | None  # of a write that may share a connection: it must leave no time limit behind
+
+
 async def _write(call: calls.Call, statements: bytes, request: Request, client: Client) -> bytes:
     """One write command; its statements come as a document sequence or as an array in the body."""
     memo = request.memo
     sequences = request.sequences
-    known: tuple[bytes, bool] | None = None if memo is None else memo.get("write")
+    known: _Write | None = None if memo is None else memo.get("write")
     if known is None:
-        known = database(request), not unchanged(request)
+        fields = request.fields
+        named = None if b"maxTimeMS" in fields else Namespace.of(request)
+        known = _Write(database(request), not unchanged(request), named)
         if memo is not None:
             memo["write"] = known
-    db, rewritten = known
+    db, rewritten, named = known
     sequence = sequences.get(statements)
     if rewritten or len(sequences) > (sequence is not None):
         body = spec(request, besides=statements)
     else:
         body = memoryview(request.frame)[request.start : request.end]
-    reply, success = await client.services.engine.call(call, (db, body, sequence))
+    engine = client.services.engine
+    if named is not None and sequence is not None and _single(sequence, statements):
+        namespace = named.read(request)
+        params = (db, body, sequence, calls.TRUE)
+        answer = engine.writes.share(Shared(call, params, namespace, hash((call.name, namespace))))
+    else:
+        answer = engine.write(call, (db, body, sequence))
+    reply, success, _ = await answer
     assert reply is not None
     if success == b"\x01":
         return reply
     return await write_errors.rebuild(reply, statements, request, client)
 
 
+def _single(sequence: memoryview, statements: bytes) -> bool:
+    """Whether it is one small document to insert, or one statement for a small change of one document by its _id."""
+    if len(sequence) > _SMALL_BYTES:
+        return False
+    head = bytes(sequence[:16])  # {q: {_id: …
+    if int.from_bytes(head[:4], "little") != len(sequence):
+        return False
+    return statements == b"documents" or (head[4:7] == b"\x03q\0" and head[12:] == b"_id\0" and head[11] in _ID_TYPES)
+
+
 @command("findAndModify", "findandmodify", help="Updates or deletes one document and returns it.")
 async def find_and_modify(request: Request, client: Client) -> bytes:
     try:
-        reply, _ = await client.services.engine.call(calls.FIND_AND_MODIFY, (database(request), spec(request)))
+        reply, _, _ = await _find_and_modify(request, client)
     except EngineError as error:
         raise await write_errors.explained(error, request, client) from None
     assert reply is not None
     if reply.find(_FOUND_NOTHING, 0, _HEAD_BYTES) >= 0:
         return reply.replace(_FOUND_NOTHING, _FOUND_ONE, 1)
     return reply
+
+
+def _find_and_modify(request: Request, client: Client) -> Awaitable[Row]:
+    db, body = database(request), spec(request)
+    engine = client.services.engine
+    fields, frame = request.fields, request.frame
+    kind, start, _ = fields.get(b"query", _NO_QUERY)
+    if (
+        kind == bson.DOCUMENT
+        and frame[start + 4] in _ID_TYPES
+        and frame[start + 5 : start + 9] == b"_id\0"
+        and len(frame) <= _SMALL_BYTES
+        and b"maxTimeMS" not in fields
+    ):
+        namespace = db + b"." + collection(request)
+        write = Shared(calls.FIND_AND_MODIFY, (db, body, calls.TRUE), namespace, hash((b"findAndModify", namespace)))
+        return engine.writes.share(write)
+    return engine.write(calls.FIND_AND_MODIFY, (db, body))

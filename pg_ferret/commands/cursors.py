@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pg_ferret.commands.arguments import Namespace, collection, database, spec, unchanged
 from pg_ferret.engine import calls
-from pg_ferret.engine.shared import Shared
+from pg_ferret.engine.lines import Shared
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client, Services

@@ -29,7 +29,18 @@ _CANCEL_SECONDS = 5.0
 class Backend(Pipeline):
     """A leased connection.  `execute` is the hot path; everything else is life and death."""
 
-    __slots__ = ("_ended", "_error", "_prepared", "_preparing", "_released", "_row", "_waiter", "held", "spent")
+    __slots__ = (
+        "_committed",
+        "_ended",
+        "_error",
+        "_prepared",
+        "_preparing",
+        "_row",
+        "_waiter",
+        "_writes",
+        "held",
+        "released",
+    )
 
     def __init__(
         self,
@@ -37,14 +48,19 @@ class Backend(Pipeline):
         loop: asyncio.AbstractEventLoop,
         released: Callable[[Backend], None],
         ended: Callable[[Backend], None],
+        committed: Callable[[asyncio.Future[Row], Row], None],
     ) -> None:
-        """``released`` is called when a call is over, ``ended`` once, when the server has closed the connection."""
-        self._released = released
+        """``released`` is called when a call is over, ``ended`` once, when the server has closed the connection.
+
+        ``committed`` gets who waits and the result when a write has been committed without a flush.
+        """
+        self.released = released
         self._ended = ended
+        self._committed = committed
+        self._writes = False  # whether the call does
         self._prepared = conn.prepared_names
         self._preparing: list[bytes] = []  # the statements that this batch prepares, in order
         self.held = False  # a cancel request is on its way: nobody else may have the connection before it has arrived
-        self.spent = False  # it must serve nobody else
         self._row: Row | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[Row] | None = None
@@ -68,6 +84,7 @@ class Backend(Pipeline):
         if waiter is None:
             waiter = self._loop.create_future()
         self._waiter = waiter
+        self._writes = call.writes
         if self.lost:
             self._fail()
             return waiter
@@ -99,7 +116,7 @@ class Backend(Pipeline):
             if first is not None and len(first) > LARGE_BYTES:
                 self.swollen = True
             columns = result.nfields
-            # The hot paths, spelled out: writes and getMore have two columns, first pages three.
+            # The hot paths, spelled out: getMore has two columns, writes and first pages three.
             if columns == 2:
                 self._row = (first, get(0, 1))
             elif columns == 3:
@@ -125,16 +142,21 @@ class Backend(Pipeline):
         waiter, self._waiter = self._waiter, None
         row, self._row = self._row, None
         error, self._error = self._error, None
+        writes = self._writes  # before somebody else is given the connection
         if self._preparing:  # what an error kept from being prepared
             self._preparing.clear()
         if not self.lost and not self.held:
-            self._released(self)
+            self.released(self)
         if waiter is None or waiter.done():
             return
         if error is not None:
             waiter.set_exception(error)
+        elif row is None:
+            waiter.set_result(())
+        elif writes and row[2] is not None:
+            self._committed(waiter, row)
         else:
-            waiter.set_result(row if row is not None else ())
+            waiter.set_result(row)
 
     def _end(self) -> None:
         if self.lost:
@@ -184,7 +206,7 @@ class Backend(Pipeline):
         if self._waiter is None or self.lost:  # it has ended since
             self.held = False
             if not self.lost:
-                self._released(self)
+                self.released(self)
             return True
         self._waiter = ended = self._loop.create_future()  # the caller has given up
         with contextlib.suppress(psycopg.Error):  # it is the call's end that counts
@@ -194,5 +216,5 @@ class Backend(Pipeline):
         if ended.done():
             ended.exception()  # seen
             if not self.lost:
-                self._released(self)
+                self.released(self)
         return ended.done()

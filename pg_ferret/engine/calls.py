@@ -16,6 +16,8 @@ _BSON = (BINARY,)
 _DB_BSON = (TEXT, BINARY)
 _DB_BSON_BSON = (TEXT, BINARY, BINARY)
 _DB_TEXT = (TEXT, TEXT)
+_DB_BSON_FLAG = (TEXT, BINARY, TEXT)
+_DB_BSON_BSON_FLAG = (TEXT, BINARY, BINARY, TEXT)
 
 # A continuation begins with {qi: <int64>, qp: <whether the rest of the result is kept somewhere>}.
 _KEEPS_AT: Final = 4 + len(b"\x12qi\0") + 8
@@ -28,6 +30,7 @@ class Call(NamedTuple):
     name: bytes
     sql: bytes
     formats: tuple[int, ...]
+    writes: bool = False  # the last parameter: whether to commit unflushed; the last column: whether that was done
 
 
 def streams(continuation: bytes) -> bool:
@@ -38,8 +41,8 @@ def streams(continuation: bytes) -> bool:
     return continuation[_KEEPS_AT : _KEEPS_AT + len(_KEEPS_NOTHING)] == _KEEPS_NOTHING
 
 
-def _call(name: str, sql: str, formats: tuple[int, ...]) -> Call:
-    return Call(name.encode(), sql.encode(), formats)
+def _call(name: str, sql: str, formats: tuple[int, ...], *, writes: bool = False) -> Call:
+    return Call(name.encode(), sql.encode(), formats, writes)
 
 
 # What clients send goes through these (extension/bson_check.c): the engine trusts documents, stores malformed ones as
@@ -70,19 +73,26 @@ GET_MORE = _call(
 # (bigint[]) -> nothing of use
 DELETE_CURSORS = _call("delete_cursors", "SELECT documentdb_api_internal.delete_cursors($1)", (TEXT,))
 
-# (db, spec, documents or NULL) -> reply, whether all went well
+# (db, spec, documents or NULL, whether to commit unflushed: TRUE or FALSE) -> reply, whether all went well, and if it
+# is committed unflushed the server's incarnation, for FLUSH_COMMITS
 _WRITE = (
-    "SELECT p_result, p_success FROM documentdb_api.{}"
+    "SELECT p_result, p_success, ferretdb.commit_unflushed($4) FROM documentdb_api.{}"
     "($1, ferretdb.checked_bson($2), ferretdb.checked_bsonsequence($3), NULL)"
 )
-INSERT = _call("insert", _WRITE.format("insert"), _DB_BSON_BSON)
-UPDATE = _call("update", _WRITE.format("update"), _DB_BSON_BSON)
-DELETE = _call("delete", _WRITE.format("delete"), _DB_BSON_BSON)
+INSERT = _call("insert", _WRITE.format("insert"), _DB_BSON_BSON_FLAG, writes=True)
+UPDATE = _call("update", _WRITE.format("update"), _DB_BSON_BSON_FLAG, writes=True)
+DELETE = _call("delete", _WRITE.format("delete"), _DB_BSON_BSON_FLAG, writes=True)
 FIND_AND_MODIFY = _call(
     "find_and_modify",
-    "SELECT p_result, p_success FROM documentdb_api.find_and_modify($1, ferretdb.checked_bson($2), NULL)",
-    _DB_BSON,
+    "SELECT p_result, p_success, ferretdb.commit_unflushed($3)"
+    " FROM documentdb_api.find_and_modify($1, ferretdb.checked_bson($2), NULL)",
+    _DB_BSON_FLAG,
+    writes=True,
 )
+TRUE: Final = b"t"
+FALSE: Final = b"f"
+# (incarnation) -> nothing of use, when all that is committed is on disk
+FLUSH_COMMITS = _call("flush_commits", "SELECT ferretdb.flush_commits($1)", _BSON)
 
 # (db, spec) -> reply
 COUNT = _call("count", "SELECT document FROM documentdb_api.count_query($1, ferretdb.checked_bson($2))", _DB_BSON)
@@ -142,3 +152,5 @@ IDLE_CURSOR_FILES = _call(
 )
 # (milliseconds): bounds the call that follows it in the same batch
 STATEMENT_TIMEOUT = _call("statement_timeout", "SELECT pg_catalog.set_config('statement_timeout', $1, true)", (TEXT,))
+# (milliseconds): for the session
+LOCK_TIMEOUT = _call("lock_timeout", "SELECT pg_catalog.set_config('lock_timeout', $1, false)", (TEXT,))

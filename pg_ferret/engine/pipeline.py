@@ -45,7 +45,7 @@ class Session(psycopg.AsyncConnection[TupleRow]):
 class Pipeline(ABC):
     """The connection while it is on the loop."""
 
-    __slots__ = ("_conn", "_loop", "_pg", "_socket", "_writing", "busy", "idle_ticks", "lost", "swollen")
+    __slots__ = ("_conn", "_loop", "_pg", "_socket", "_writing", "busy", "idle_ticks", "lost", "spent", "swollen")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
         self._conn = conn
@@ -55,6 +55,7 @@ class Pipeline(ABC):
         self.busy = False  # an answer is still to come
         self.lost = False
         self.swollen = False  # its buffers have grown for a large message
+        self.spent = False  # it must serve nobody else
         self.idle_ticks = 0  # how often the pool has found it idle in a row
         pg.enter_pipeline_mode()
         self._socket = pg.socket

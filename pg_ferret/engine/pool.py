@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
+from functools import partial
 from typing import NamedTuple
 
 import psycopg
@@ -19,13 +20,16 @@ import psycopg_pool
 import structlog
 
 from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import FIND, GET_MORE, Call
+from pg_ferret.engine.calls import FALSE, FIND, FLUSH_COMMITS, GET_MORE, TRUE, Call
+from pg_ferret.engine.commits import Commits, Committed
 from pg_ferret.engine.limits import Limits
+from pg_ferret.engine.lines import Line, Lines, Shared
 from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
 from pg_ferret.engine.scheduling import schedule
-from pg_ferret.engine.shared import Costs, Lines, Owner, Shared, SharedLine
+from pg_ferret.engine.shared import Costs, Owner, Reads, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
-from pg_ferret.errors import CommandError
+from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
+from pg_ferret.errors import CommandError, EngineLostError
 
 TICK_SECONDS = 5.0
 _IDLE_TICKS = 120
@@ -43,7 +47,12 @@ _LOOK_SECONDS = 0.05
 # for each worker (Settings.worker_count).
 _LINES_OF_FINDS = 1
 _LINES_OF_GET_MORES = 2
+# And a write takes as long as it takes the worker to serve it.
+_LINES_OF_WRITES = 2
 _log = structlog.get_logger()
+
+
+Duty = Lines[SharedLine] | Lines[WriteLine] | Commits
 
 
 class _Unheeding(NamedTuple):
@@ -89,12 +98,22 @@ class Pool:
         self._reachable = True
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._costs = Costs()
-        self.finds = Lines(FIND, self._measure, self._has_room)
-        self.get_mores = Lines(GET_MORE, self._measure, self._has_room)
-        self._lines_wanted: list[Lines] = []  # a line more is due, on the next connection that fits
+        self._commits = Commits(self._loop, self._flush_elsewhere)
+        costs, shapes = Costs(), Shapes()
+        owner = Owner(self._elsewhere, self._line_ended, self._line_stalled)
+
+        def reads(call: Call) -> Reads:
+            make = partial(SharedLine, loop=self._loop, call=call, costs=costs, owner=owner)
+            return Reads(call, make, self._measure, self._has_room)
+
+        self._costs = costs
+        self.finds = reads(FIND)
+        self.get_mores = reads(GET_MORE)
+        make = partial(WriteLine, loop=self._loop, shapes=shapes, committed=self._commits.add, owner=owner)
+        self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._want))
+        self._sharing = 0  # connections that are lines
+        self._wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
         self._allot_lines()
-        self._owner = Owner(self._elsewhere, self._line_ended, self._line_stalled)
         self._elsewhere_now: dict[asyncio.Task[None], asyncio.Future[Row]] = {}
         self._closed = False
         self._source = psycopg_pool.AsyncConnectionPool(
@@ -113,12 +132,14 @@ class Pool:
     @property
     def size(self) -> int:
         """Connections leased."""
-        return len(self._all) + len(self.finds.all) + len(self.get_mores.all)
+        return len(self._all) + self._sharing
 
     @property
     def in_use(self) -> int:
         """Connections that serve a request now."""
-        return len(self._all) - len(self._idle) + sum(line.busy for line in self._lines())
+        flusher = self._commits.backend
+        resting = len(self._idle) + (flusher is not None and not flusher.busy)
+        return len(self._all) - resting + sum(line.busy for line in self._lines())
 
     @property
     def waiting(self) -> int:
@@ -184,14 +205,65 @@ class Pool:
             return self._idle.pop().execute(call, params, timeout_ms)
         return self._wait(call, params, timeout_ms).waiter
 
-    def _lines(self) -> list[SharedLine]:
-        return self.finds.all + self.get_mores.all
+    def write(self, call: Call, params: Params) -> Awaitable[Row]:
+        """As `call`, for a call that writes, without its last parameter: the result comes when it is durable.
+
+        A write that is alone waits for its own commit, which is a round trip less; several share a flush.
+        """
+        if self._crowded():
+            return self.call(call, (*params, TRUE))
+        return self._alone(call, params)
+
+    def _alone(self, call: Call, params: Params) -> Awaitable[Row]:
+        if self._commits.backend is None and len(self._idle) < len(self._all) and self._commits.allowed:
+            self._want(self._commits)
+        return self.call(call, (*params, FALSE))
+
+    def _crowded(self) -> bool:
+        """Whether others are under way whose commits may share a flush with that of the next write."""
+        commits = self._commits
+        if commits.backend is None:
+            return False
+        return commits.flushing or len(self._idle) + 1 < len(self._all) or self.writes.busy > 0
+
+    def _flush_elsewhere(self, committed: Committed) -> None:
+        if self._closed:
+            committed.tell(EngineLostError("the connection to PostgreSQL was closed"))
+        else:
+            self._spawn(self._flush(committed))
+
+    async def _flush(self, committed: Committed) -> None:
+        try:
+            await self.call(FLUSH_COMMITS, (committed.incarnation,))
+        except Exception as error:
+            committed.tell(error)
+        else:
+            committed.tell(None)
+
+    def _lines(self) -> list[Line]:
+        return [*self.finds.all, *self.get_mores.all, *self.writes.all]
 
     def _allot_lines(self) -> None:
         """Half of the connections are for those who need one of their own."""
         room = self._limits.largest // 2
-        self.finds.allot(min(_LINES_OF_FINDS, room))
-        self.get_mores.allot(min(_LINES_OF_GET_MORES, max(0, room - _LINES_OF_FINDS)))
+        finds = min(_LINES_OF_FINDS, room)
+        # Beside the first line of writes one to flush what they commit, and one for the next pages of cursors.
+        writes = min(_LINES_OF_WRITES, max(0, room - finds - 2))
+        flush = writes > 0
+        self.finds.allot(finds)
+        self.writes.allot(writes)
+        self.get_mores.allot(min(_LINES_OF_GET_MORES, room - finds - writes - flush))
+        self._commits.allowed = flush
+        if not flush:
+            self._disband()
+
+    def _disband(self) -> None:
+        """The connection that flushes serves as any other again, unless it is at work."""
+        flusher = self._commits.backend
+        if flusher is not None and not flusher.busy:
+            self._commits.backend = None
+            flusher.released = self._release
+            self._release(flusher)
 
     def _has_room(self) -> bool:
         """Whether a connection is idle or may still be opened."""
@@ -200,7 +272,7 @@ class Pool:
     def _may_grow(self) -> bool:
         return self._open and self.size + self._growing < self._limits.largest
 
-    async def _measure(self, lines: Lines, read: Shared) -> Row:
+    async def _measure(self, lines: Reads, read: Shared) -> Row:
         if self._idle:
             started = self._loop.time()
             row = await self._idle.pop().execute(read.call, read.params)
@@ -209,45 +281,59 @@ class Pool:
             row = await request.waiter
             started = request.started
         self._costs.note(read.shape, self._loop.time() - started)
-        if lines.due and lines not in self._lines_wanted:
-            self._lines_wanted.append(lines)
-            if self._idle and self._becomes_line(self._idle[-1]):
-                self._idle.pop()
+        if lines.due:
+            self._want(lines)
         return row
 
-    def _becomes_line(self, backend: Backend) -> bool:
-        """Make a connection that is free a shared one, if one is due and it fits."""
-        for lines in self._lines_wanted:
-            if backend.swollen or not backend.has_prepared(lines.call):
+    def _want(self, duty: Duty) -> None:
+        """Another connection is to serve in this way."""
+        if duty not in self._wanted:
+            self._wanted.append(duty)
+            if self._idle and self._takes_duty(self._idle[-1]):
+                self._idle.pop()
+
+    def _takes_duty(self, backend: Backend) -> bool:
+        """Have a connection that is free share reads or flush commits from now on, if that is wanted and it fits."""
+        for duty in self._wanted:
+            if not duty.fits(backend):
                 continue
             if len(self._all) < 2:  # never the last one: PostgreSQL might have no other for us
                 if not self._growing:
                     self._grow()
                 return False
-            self._lines_wanted.remove(lines)
-            if not lines.due:
+            self._wanted.remove(duty)
+            if isinstance(duty, Commits):
+                if not duty.allowed or duty.backend is not None:
+                    return False
+                duty.backend = backend
+                backend.released = _keep
+            elif duty.due:
+                self._all.discard(backend)
+                backend.detach()
+                duty.add(backend.connection)
+                self._sharing += 1
+            else:
                 return False
-            self._all.discard(backend)
-            backend.detach()
-            lines.add(SharedLine(backend.connection, self._loop, lines.call, self._costs, self._owner))
             self._grow_if_needed()
             return True
         return False
 
-    def _remove_line(self, line: SharedLine) -> bool:
-        return self.finds.remove(line) or self.get_mores.remove(line)
+    def _remove_line(self, line: Line) -> bool:
+        found = self.finds.remove(line) or self.get_mores.remove(line) or self.writes.remove(line)
+        self._sharing -= found
+        return found
 
-    def _line_ended(self, line: SharedLine) -> None:
+    def _line_ended(self, line: Line) -> None:
         if self._remove_line(line):
             self._spawn(self._put_back(line))
 
-    def _line_stalled(self, line: SharedLine, read: Shared) -> None:
-        """A read on a shared connection goes on and on: it is cancelled there as if its client had gone."""
+    def _line_stalled(self, line: Line, read: Shared) -> None:
+        """A request on a shared connection goes on and on: it is cancelled there as if its client had gone."""
         if self._remove_line(line):
-            backend = Backend(line.connection, self._loop, self._release, self._ended)
+            backend = Backend(line.connection, self._loop, self._release, self._ended, self._commits.add)
             backend.abandon()
             self._all.add(backend)
-            command = "find" if read.call is FIND else "getMore"
+            command = "getMore" if read.call is GET_MORE else read.call.name.decode()
             self._spawn(self._recover(backend, f"{command} {read.namespace.decode('utf-8', 'replace')}"))
 
     def _elsewhere(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
@@ -256,7 +342,7 @@ class Pool:
         task.add_done_callback(self._elsewhere_now.pop)
 
     async def _again(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
-        """A read that could not be run on the shared connection."""
+        """A request that could not be served on the shared connection."""
         try:
             row = await self.call(read.call, read.params)
         except Exception as error:
@@ -315,7 +401,7 @@ class Pool:
         if backend.spent or self.size > self._limits.largest:
             self._spawn(self._give_back(backend))
             return
-        if self._lines_wanted and self._becomes_line(backend):
+        if self._wanted and self._takes_duty(backend):
             return
         while self._waiting:
             request = self._waiting.popleft()
@@ -385,7 +471,7 @@ class Pool:
         if not self._reachable:
             self._reachable = True
             _log.info("connected to PostgreSQL again")
-        backend = Backend(connection, self._loop, self._release, self._ended)
+        backend = Backend(connection, self._loop, self._release, self._ended, self._commits.add)
         schedule(backend.pid, batch=self._limits.batch)
         self._all.add(backend)
         self._release(backend)
@@ -405,6 +491,8 @@ class Pool:
         self._all.discard(backend)
         if backend in self._idle:
             self._idle.remove(backend)
+        if backend is self._commits.backend:
+            self._commits.backend = None
         broken = backend.lost or backend.busy or backend.swollen or backend.spent
         if backend.busy:
             backend.drop()
@@ -413,7 +501,7 @@ class Pool:
 
     async def _put_back(self, pipeline: Pipeline, broken: bool | None = None) -> None:
         """Return a connection that is off the loop to psycopg_pool, which replaces it if it is closed."""
-        usable = not (pipeline.lost or pipeline.swollen) if broken is None else not broken
+        usable = not (pipeline.lost or pipeline.swollen or pipeline.spent) if broken is None else not broken
         if not (usable and pipeline.leave_pipeline()):
             await pipeline.connection.close()
         await self._source.putconn(pipeline.connection)
@@ -428,6 +516,11 @@ class Pool:
             spare = len(self._all) > self._limits.smallest and backend.idle_ticks > _IDLE_TICKS
             if backend.lost or spare or backend.swollen:
                 await self._give_back(backend)
+        flusher = self._commits.backend
+        if flusher is not None and not flusher.busy:
+            flusher.idle_ticks += 1
+            if flusher.idle_ticks > _IDLE_TICKS or not self._commits.allowed:
+                self._disband()
         for line in self._lines():
             if not line.busy:
                 line.idle_ticks += 1
@@ -439,3 +532,8 @@ class Pool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _keep(flusher: Backend) -> None:
+    """A flush is over; the connection serves nobody else."""
+    flusher.idle_ticks = 0

@@ -16,17 +16,10 @@ from typing import NamedTuple
 import psycopg
 from psycopg import pq
 
+from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
-from pg_ferret.engine.pipeline import (
-    LARGE_BYTES,
-    PIPELINE_ABORTED,
-    PIPELINE_SYNC,
-    TUPLES_OK,
-    Params,
-    Pipeline,
-    Row,
-    Session,
-)
+from pg_ferret.engine.lines import Line, Lines, Shared
+from pg_ferret.engine.pipeline import LARGE_BYTES, PIPELINE_ABORTED, PIPELINE_SYNC, TUPLES_OK, Row, Session
 from pg_ferret.errors import EngineLostError
 
 # Seconds: what takes no longer is cheap; a line that stands still for longer, and as much for each read, takes nobody.
@@ -37,15 +30,6 @@ STALL_SECONDS = 0.1
 _MOST_WAITING = 128
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
-
-
-class Shared(NamedTuple):
-    """A read that may share a connection: its result is a page and, if it goes on, the continuation."""
-
-    call: Call
-    params: Params
-    namespace: bytes
-    shape: int  # the same for reads that may be expected to cost the same
 
 
 class Costs:
@@ -71,18 +55,18 @@ class Costs:
 
 
 class Owner(NamedTuple):
-    """What the pool does for the line."""
+    """What the pool does for a line, of reads or of writes."""
 
-    elsewhere: Callable[[Shared, asyncio.Future[Row]], None]  # run a read on a connection of its own
-    ended: Callable[[SharedLine], None]  # the line serves no more; called once
-    stalled: Callable[[SharedLine, Shared], None]  # instead: it was given up with this read under way
+    elsewhere: Callable[[Shared, asyncio.Future[Row]], None]  # run a request on a connection of its own
+    ended: Callable[[Line], None]  # the line serves no more; called once
+    stalled: Callable[[Line, Shared], None]  # instead: it was given up with this request under way
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]
 
 
-class SharedLine(Pipeline):
-    """The connection, for reads by one call, which has been prepared on it before."""
+class SharedLine(Line):
+    """A connection for reads by one call, which has been prepared on it before."""
 
     __slots__ = (
         "_answered",
@@ -260,24 +244,30 @@ class SharedLine(Pipeline):
         self._end()
 
 
-class Lines:
-    """The connections that reads by one call share: more than one only if there is work for more."""
+class Reads(Lines[SharedLine]):
+    """The connections that reads by one call share: results are a page and, if it goes on, the continuation."""
 
-    __slots__ = ("_free", "_measured", "_most", "_only", "all", "call")
+    __slots__ = ("_free", "_measured", "_only", "call")
 
     def __init__(
-        self, call: Call, measured: Callable[[Lines, Shared], Awaitable[Row]], free: Callable[[], bool]
+        self,
+        call: Call,
+        make: Callable[[Session], SharedLine],
+        measured: Callable[[Reads, Shared], Awaitable[Row]],
+        free: Callable[[], bool],
     ) -> None:
         """`measured` runs a read on a connection of its own, to learn what it costs or because another line is due.
 
         `free` tells whether there is such a connection, or may be.
         """
+        super().__init__(make)
         self.call = call
-        self.all: list[SharedLine] = []
-        self._most = 0
         self._only: SharedLine | None = None  # there is one, and there will be no other
         self._measured = measured
         self._free = free
+
+    def fits(self, backend: Backend) -> bool:
+        return super().fits(backend) and backend.has_prepared(self.call)
 
     def share(self, read: Shared) -> Awaitable[Row]:
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
@@ -287,31 +277,6 @@ class Lines:
         if line is None or (line.waiting and self.due and self._free()):
             return self._measured(self, read)
         return line.add(read)
-
-    @property
-    def due(self) -> bool:
-        """Whether there may be another line."""
-        return len(self.all) < self._most
-
-    def allot(self, most: int) -> None:
-        """So many there may be; those beyond take nobody any more."""
-        self._most = most
-        self._changed()
-        for line in self.all[most:]:
-            line.retire()
-
-    def add(self, line: SharedLine) -> None:
-        """One more."""
-        self.all.append(line)
-        self._changed()
-
-    def remove(self, line: SharedLine) -> bool:
-        """It is gone; tells whether it was one of these."""
-        if line not in self.all:
-            return False
-        self.all.remove(line)
-        self._changed()
-        return True
 
     def _changed(self) -> None:
         self._only = self.all[0] if len(self.all) == self._most == 1 else None

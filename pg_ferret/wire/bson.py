@@ -17,6 +17,7 @@ STRING: Final = 0x02
 DOCUMENT: Final = 0x03
 ARRAY: Final = 0x04
 BINARY: Final = 0x05
+OBJECT_ID: Final = 0x07
 BOOL: Final = 0x08
 DATE: Final = 0x09
 NULL: Final = 0x0A

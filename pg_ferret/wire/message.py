@@ -144,7 +144,7 @@ class Shapes:
 
 
 _FIXED_FROM: Final = 12  # behind the ids: opcode, flags, section kind and body
-_OPEN_TYPES: Final = frozenset((bson.DOUBLE, bson.DATE, bson.INT32, bson.INT64, 0x07, 0x11, 0x13))
+_OPEN_TYPES: Final = frozenset((bson.DOUBLE, bson.DATE, bson.INT32, bson.INT64, bson.OBJECT_ID, 0x11, 0x13))
 _LONGEST_SHAPE: Final = 1024
 _MASKS_OF_A_SIZE: Final = 6
 _MOST_SHAPES: Final = 1024

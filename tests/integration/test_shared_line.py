@@ -17,9 +17,10 @@ from pymongo import MongoClient
 from dev.cluster import Cluster
 from pg_ferret.engine import calls
 from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
-from pg_ferret.engine.shared import Lines, Shared
+from pg_ferret.engine.shared import Reads
 from pg_ferret.errors import EngineError
 from tests.integration.conftest import configuration
 
@@ -90,7 +91,7 @@ async def wait_until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.005)
 
 
-async def joined(lines: Lines, wanted: Shared) -> asyncio.Future[Row]:
+async def joined(lines: Reads, wanted: Shared) -> asyncio.Future[Row]:
     """The read, when it has joined a line; until then it is read alone, which makes it cheap, and the line be there."""
     async with asyncio.timeout(_PATIENCE_SECONDS):
         while not asyncio.isfuture(read := lines.share(wanted)):
@@ -183,7 +184,7 @@ async def test_who_waits_behind_a_read_that_stalls_is_served_elsewhere(cluster: 
         assert found(await (await shared(pool, 6))) == 6
 
 
-@pytest.mark.parametrize(("connections", "lines"), [(1, 0), (2, 0), (3, 0), (4, 1), (6, 2), (20, 2)])
+@pytest.mark.parametrize(("connections", "lines"), [(1, 0), (2, 0), (3, 0), (4, 1), (6, 2), (8, 1), (20, 2)])
 async def test_pages_share_as_many_lines_as_there_is_room_for(
     make_pool: MakePool, connections: int, lines: int
 ) -> None:
@@ -221,7 +222,7 @@ async def test_only_a_position_in_a_collection_can_be_read_again(
 
 
 async def test_pages_behind_one_that_stalls_are_read_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:
-    async with make_pool(8) as pool:
+    async with make_pool(12) as pool:
         blocked = await opened(pool, 4, "d")
         pages = [await opened(pool, number) for number in range(9)]
         async with locked(cluster):

@@ -10,8 +10,9 @@ import pytest
 from psycopg import pq
 
 from pg_ferret.engine.calls import GET_MORE
+from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
-from pg_ferret.engine.shared import STALL_SECONDS, Costs, Lines, Owner, Shared, SharedLine
+from pg_ferret.engine.shared import STALL_SECONDS, Costs, Owner, Reads, SharedLine
 
 _SHAPE = 1
 
@@ -160,13 +161,13 @@ def test_an_answered_batch_whose_end_is_late_is_no_stall(stage: Stage) -> None:
 def test_a_second_line_is_no_reason_to_wait_for_a_connection(stage: Stage, free: bool) -> None:
     measured: list[Shared] = []
 
-    async def measure(_: Lines, read: Shared) -> Row:
+    async def measure(_: Reads, read: Shared) -> Row:
         measured.append(read)
         return ()
 
-    lines = Lines(GET_MORE, measure, lambda: free)
+    lines = Reads(GET_MORE, lambda _: stage.line, measure, lambda: free)
     lines.allot(2)
-    lines.add(stage.line)
+    lines.add(cast(Any, stage.server))
     before = stage.line.waiting
     read = lines.share(stage.reads[0])
     if free:

@@ -1,0 +1,92 @@
+"""One flush for the commits of many writes.
+
+A connection that commits waits for the disk.  While several requests are under way, writes commit without that wait
+(extension/commit.c) and their connections serve the next request at once.  One connection flushes what has been
+committed in a turn of the event loop, again as soon as it is done if there is more, and only then are the writes'
+results told: nothing is acknowledged before it is as durable as synchronous_commit demands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from pg_ferret.engine.backend import Backend
+from pg_ferret.engine.calls import FLUSH_COMMITS
+from pg_ferret.engine.pipeline import Row
+from pg_ferret.errors import EngineLostError
+
+
+class Committed(NamedTuple):
+    """Writes that are committed and perhaps not on disk yet."""
+
+    incarnation: bytes  # of the server that committed them, 8 bytes: none other can flush them
+    writes: list[tuple[asyncio.Future[Row], Row]]  # who waits for which result
+
+    def tell(self, error: BaseException | None) -> None:
+        """They are on disk, or nobody knows."""
+        for waiter, row in self.writes:
+            if waiter.done():
+                continue
+            if error is None:
+                waiter.set_result(row)
+            else:
+                waiter.set_exception(error)
+
+
+class Commits:
+    """What has been committed without a flush, and the connection that flushes it, if there is one."""
+
+    __slots__ = ("_elsewhere", "_loop", "_next", "_scheduled", "allowed", "backend", "flushing")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, elsewhere: Callable[[Committed], None]) -> None:
+        """`elsewhere` has writes flushed by any other connection."""
+        self._loop = loop
+        self._elsewhere = elsewhere
+        self._next: Committed | None = None
+        self._scheduled = False
+        self.flushing = False
+        self.allowed = False  # to have a connection
+        self.backend: Backend | None = None  # it does nothing else
+
+    def fits(self, backend: Backend) -> bool:
+        """Whether a connection may become the one that flushes."""
+        return not backend.swollen
+
+    def add(self, waiter: asyncio.Future[Row], row: Row) -> None:
+        """A write has been committed; the last column of its result is the server's incarnation."""
+        incarnation = row[-1]
+        assert incarnation is not None
+        following = self._next
+        if following is None or following.incarnation != incarnation:
+            if following is not None:  # the server has been restarted
+                self._elsewhere(following)
+            following = self._next = Committed(incarnation, [])
+        following.writes.append((waiter, row))
+        if not self.flushing and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """At the end of the loop's turn: all that has been committed in it."""
+        self._scheduled = False
+        committed, self._next = self._next, None
+        if committed is None:
+            return
+        if self.backend is None or self.backend.lost:
+            self._elsewhere(committed)
+            return
+        self.flushing = True
+        flush = self.backend.execute(FLUSH_COMMITS, (committed.incarnation,))
+        flush.add_done_callback(partial(self._flushed, committed))
+
+    def _flushed(self, committed: Committed, flush: asyncio.Future[Row]) -> None:
+        self.flushing = False
+        error = flush.exception()
+        if isinstance(error, EngineLostError):
+            self._elsewhere(committed)
+        else:
+            committed.tell(error)
+        self._flush()

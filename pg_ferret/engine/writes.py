@@ -1,0 +1,311 @@
+"""Connections for the small writes of many clients.
+
+A write of one document by its _id takes PostgreSQL less time than it takes to wake a process up and to wait for the
+disk.  So while several are under way they stand in line at few connections, each a transaction of its own, committed
+without a flush (commits.py).  Nothing in such a line waits for a lock: who would have to is made elsewhere instead, and
+so is for a while whatever has taken long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+import psycopg
+from psycopg import pq
+
+from pg_ferret.engine.calls import LOCK_TIMEOUT, Call
+from pg_ferret.engine.lines import Line, Lines, Shared
+from pg_ferret.engine.pipeline import COMMAND_OK, PIPELINE_ABORTED, PIPELINE_SYNC, TUPLES_OK, Params, Row, Session
+from pg_ferret.engine.shared import Owner
+from pg_ferret.errors import EngineError, EngineLostError
+
+# Seconds: a line whose first write takes longer takes nobody.
+_LATE_SECONDS: Final = 0.004
+# A write that takes longer is made elsewhere for so long, and so are those like it.
+_SLOW_SECONDS: Final = 0.02
+_BANNED_SECONDS: Final = 1.0
+# After so long the first write is cancelled, to be made elsewhere; if PostgreSQL does not heed, the line is given up.
+STUCK_SECONDS: Final = 0.1
+_GIVEN_UP_SECONDS: Final = 5.0
+_CANCEL_SECONDS: Final = 5.0
+_MOST_WAITING: Final = 128
+_MOST_SHAPES: Final = 10_000
+# How long a write may wait for a lock before it is made elsewhere.
+_LOCK_MILLISECONDS: Final = b"30"
+# Errors that are the line's own, and of which nothing is left: the lock was not to be had, it was cancelled, or the
+# statement could not be prepared before.
+_LOCKED: Final = "55P03"
+_CANCELLED: Final = "57014"
+_UNPREPARED: Final = "26000"
+
+
+def _in_write_error(sqlstate: str) -> bytes:
+    """How the engine puts an SQLSTATE into writeErrors: packed (elog.h, MAKE_SQLSTATE) as the code."""
+    packed = sum((ord(letter) - 48 & 63) << 6 * index for index, letter in enumerate(sqlstate))
+    return b"\x10code\0" + struct.pack("<i", packed)
+
+
+_WRITE_ERRORS: Final = (_in_write_error(_LOCKED), _in_write_error(_CANCELLED))
+
+
+class Shapes:
+    """Which shapes of writes may stand in line: those that have been made before and were not slow lately."""
+
+    __slots__ = ("_from",)
+
+    def __init__(self) -> None:
+        self._from: dict[int, float] = {}  # shape -> from when on, on the loop's clock
+
+    def known(self, shape: int) -> bool:
+        """Whether a write of this shape has been made."""
+        return shape in self._from
+
+    def may(self, shape: int, now: float) -> bool:
+        """Whether one may stand in line."""
+        return self._from.get(shape, math.inf) <= now
+
+    def note(self, shape: int, begin: float) -> None:
+        """From then on it may."""
+        if len(self._from) >= _MOST_SHAPES:
+            self._from.clear()
+        self._from[shape] = begin
+
+
+class _Waiting(NamedTuple):
+    write: Shared
+    waiter: asyncio.Future[Row]
+
+
+class WriteLine(Line):
+    """One of the connections."""
+
+    __slots__ = (
+        "_committed",
+        "_error",
+        "_leaving",
+        "_owner",
+        "_queue",
+        "_row",
+        "_seen",
+        "_shapes",
+        "_since",
+        "_still",
+        "_tasks",
+        "_watched",
+    )
+
+    def __init__(
+        self,
+        conn: Session,
+        loop: asyncio.AbstractEventLoop,
+        shapes: Shapes,
+        committed: Callable[[asyncio.Future[Row], Row], None],
+        owner: Owner,
+    ) -> None:
+        """``committed`` gets who waits and the result when a write has been committed without a flush."""
+        self._shapes = shapes
+        self._committed = committed
+        self._owner = owner
+        self._queue: deque[_Waiting] = deque()  # the first one is under way
+        self._row: Row | None = None
+        self._error: Exception | None = None
+        self._since = 0.0  # when the server began with the first one
+        self._seen = 0.0  # the same, when it was last looked at
+        self._still = 0.0  # for how long the line has stood still
+        self._watched = False
+        self._leaving = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        super().__init__(conn, loop)
+        self.spent = True  # with a lock timeout of its own it is of no use to others
+        nobody: asyncio.Future[Row] = loop.create_future()
+        nobody.cancel()
+        self._send(_Waiting(Shared(LOCK_TIMEOUT, (_LOCK_MILLISECONDS,), b"", 0), nobody))
+
+    def takes(self, shape: int) -> bool:
+        """Whether a write may join."""
+        queue = self._queue
+        now = self._loop.time()
+        if self._leaving or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
+            return False
+        return not queue or now - self._since <= _LATE_SECONDS
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def add(self, write: Shared) -> asyncio.Future[Row]:
+        """The future gets the result when it is durable; it raises EngineError or EngineLostError."""
+        waiter: asyncio.Future[Row] = self._loop.create_future()
+        self._send(_Waiting(write, waiter))
+        return waiter
+
+    def _send(self, waiting: _Waiting) -> None:
+        queue = self._queue
+        if not queue:
+            self._since = self._loop.time()
+            self.busy = True
+            self.idle_ticks = 0
+            if not self._watched:
+                self._watched = True
+                self._look_again()
+        queue.append(waiting)
+        call = waiting.write.call
+        try:
+            if call.name not in self._conn.prepared_names:
+                self._pg.send_prepare(call.name, call.sql)
+                self._conn.prepared_names.add(call.name)
+            self._pg.send_query_prepared(call.name, waiting.write.params, call.formats, 1)
+            self._sync()
+        except psycopg.Error:
+            self._end()
+
+    def _take(self, result: pq.abc.PGresult) -> None:
+        status = result.status
+        if status == TUPLES_OK:
+            get = result.get_value
+            if result.nfields == 3:
+                self._row = (get(0, 0), get(0, 1), get(0, 2))
+        elif status == PIPELINE_SYNC:
+            self._finish()
+        elif status not in (COMMAND_OK, PIPELINE_ABORTED):
+            self._error = error = self._error_of(result)
+            if isinstance(error, EngineLostError):
+                self._end()
+
+    def _finish(self) -> None:
+        """The server has done with the first one: it is committed, or rolled back."""
+        write, waiter = self._queue.popleft()
+        row, self._row = self._row, None
+        error, self._error = self._error, None
+        now = self._loop.time()
+        if now - self._since > _SLOW_SECONDS:
+            self._shapes.note(write.shape, now + _BANNED_SECONDS)
+        self._since = now
+        if not self._queue:
+            self.busy = False
+        if waiter.done():
+            pass
+        elif _not_made(row, error):
+            self._shapes.note(write.shape, now + _BANNED_SECONDS)
+            self._leaving |= isinstance(error, EngineError) and error.sqlstate == _UNPREPARED
+            self._owner.elsewhere(write, waiter)
+        elif error is not None:
+            waiter.set_exception(error)
+        elif row is not None and row[2] is not None:
+            self._committed(waiter, row)
+        else:
+            waiter.set_result(row if row is not None else ())
+        if self._leaving:
+            self.retire()
+
+    def _watch(self) -> None:
+        """While anybody waits: does the line move?"""
+        if self.lost or not self._queue:
+            self._watched = False
+        elif self._seen != self._since:
+            self._look_again()
+        elif self._still < _GIVEN_UP_SECONDS:
+            if not self._tasks:
+                task = self._loop.create_task(self._cancel())
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            self._still += STUCK_SECONDS
+            self._loop.call_later(STUCK_SECONDS, self._watch)
+        else:
+            first = self._queue[0].write
+            self._give_up()
+            self._owner.stalled(self, first)
+
+    def _look_again(self) -> None:
+        self._seen = self._since
+        self._still = 0.0
+        self._loop.call_later(STUCK_SECONDS, self._watch)
+
+    async def _cancel(self) -> None:
+        """Whichever write the request meets is made elsewhere."""
+        with contextlib.suppress(psycopg.Error):
+            await self._conn.cancel_safe(timeout=_CANCEL_SECONDS)
+
+    def _give_up(self) -> None:
+        """Serve no more; nobody knows what has become of those who wait."""
+        self.detach()
+        self.lost = True
+        self.busy = False
+        queue, self._queue = self._queue, deque()
+        for _, waiter in queue:
+            if not waiter.done():
+                waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
+
+    def _end(self) -> None:
+        if not self.lost:
+            self._give_up()
+            self._owner.ended(self)
+
+    def retire(self) -> None:
+        self._leaving = True
+        if not self._queue and not self.lost:
+            self.detach()
+            self._owner.ended(self)
+
+    def drop(self) -> None:
+        self._end()
+
+
+def _not_made(row: Row | None, error: Exception | None) -> bool:
+    """Whether a write was not made, for a reason that is only the line's."""
+    if error is not None:
+        return isinstance(error, EngineError) and error.sqlstate in (_LOCKED, _CANCELLED, _UNPREPARED)
+    if row is None or row[1] == b"\x01" or row[0] is None:
+        return False
+    return any(code in row[0] for code in _WRITE_ERRORS)
+
+
+class Room(NamedTuple):
+    """What the pool does for writes."""
+
+    crowded: Callable[[], bool]  # whether others are under way, with whose commits a write can be flushed
+    alone: Callable[[Call, Params], Awaitable[Row]]  # make a write, which waits for its own commit; without the flag
+    apart: Callable[[Call, Params], Awaitable[Row]]  # make a write on a connection of its own
+    want: Callable[[Writes], None]  # have another connection become a line
+
+
+class Writes(Lines[WriteLine]):
+    """All of them."""
+
+    __slots__ = ("_alone", "_apart", "_crowded", "_shapes", "_want")
+
+    def __init__(self, make: Callable[[Session], WriteLine], shapes: Shapes, room: Room) -> None:
+        super().__init__(make)
+        self._shapes = shapes
+        self._crowded, self._alone, self._apart, self._want = room
+
+    def share(self, write: Shared) -> Awaitable[Row]:
+        """As the pool's `write`, for one that touches a single small document, which it finds by its _id.
+
+        Its last parameter is TRUE.  It is made once; a cancelled one is not taken back.
+        """
+        if not self._crowded():
+            return self._alone(write.call, write.params[:-1])
+        shortest: WriteLine | None = None
+        for line in self.all:
+            if line.takes(write.shape) and (shortest is None or line.waiting < shortest.waiting):
+                shortest = line
+        if (shortest is None or shortest.waiting) and self.due:
+            self._want(self)
+        if shortest is not None:
+            return shortest.add(write)
+        if self._shapes.known(write.shape):
+            return self._apart(write.call, write.params)
+        return self._first(write)
+
+    async def _first(self, write: Shared) -> Row:
+        """The first of its shape may have a collection made."""
+        row = await self._apart(write.call, write.params)
+        self._shapes.note(write.shape, 0.0)
+        return row
