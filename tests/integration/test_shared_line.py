@@ -4,51 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
 
-import psycopg
 import pytest
 from bson import Int64, decode, encode
 from pymongo import MongoClient
 
 from dev.cluster import Cluster
 from pg_ferret.engine import calls
-from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.limits import pool_limits
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
 from pg_ferret.engine.shared import Reads
 from pg_ferret.errors import EngineError
 from tests.integration.conftest import configuration
+from tests.integration.pools import PATIENCE_SECONDS, MakePool, active, locked, opened_pool, wait_until
 
 Document = dict[str, Any]
-MakePool = Callable[[int], AbstractAsyncContextManager[Pool]]
-_PATIENCE_SECONDS = 10.0
 _SHAPE = 1
 _PAGE = 2
 
 
 @pytest.fixture
 def make_pool(cluster: Cluster, client: MongoClient[Document]) -> MakePool:
-    """A worker's pool in this process, with at most so many connections; collections ``c`` and ``d`` of ten rows."""
+    """A worker's pool, with at most so many connections; collections ``c`` and ``d`` of ten rows."""
     for name in ("c", "d"):
         client.line[name].drop()
         client.line[name].insert_many([{"_id": number, "s": "a"} for number in range(10)])
-
-    @asynccontextmanager
-    async def make(most: int) -> AsyncIterator[Pool]:
-        config = configuration(cluster, pool_min_conns=1, pool_max_conns=most)
-        pool = Pool(conninfo(config), pool_limits(config), lambda _: None, lambda _, __: None)
-        await pool.open()
-        try:
-            yield pool
-        finally:
-            await pool.close()
-
-    return make
+    return partial(opened_pool, cluster)
 
 
 def find(number: int, collection: str = "c", condition: object = None) -> Shared:
@@ -83,17 +68,9 @@ def found(row: Row) -> int:
     return int(decode(row[0])["cursor"]["firstBatch"][0]["_id"])
 
 
-async def wait_until(condition: Callable[[], object]) -> None:
-    """Give the loop turns until it is so."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
-
-
 async def joined(lines: Reads, wanted: Shared) -> asyncio.Future[Row]:
     """The read, when it has joined a line; until then it is read alone, which makes it cheap, and the line be there."""
-    async with asyncio.timeout(_PATIENCE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not asyncio.isfuture(read := lines.share(wanted)):
             await read
     return read
@@ -102,11 +79,6 @@ async def joined(lines: Reads, wanted: Shared) -> asyncio.Future[Row]:
 async def shared(pool: Pool, number: int = 0) -> asyncio.Future[Row]:
     """A point read that has joined the line."""
     return await joined(pool.finds, find(number))
-
-
-def active(cluster: Cluster) -> list[str | None]:
-    """What connections of the gateway wait for a lock."""
-    return [row[0] for row in cluster.psql("select pid from pg_stat_activity where wait_event_type = 'Lock'")]
 
 
 def shrunk(pool: Pool, most: int) -> bool:
@@ -135,18 +107,6 @@ async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> Non
         assert not asyncio.isfuture(alone := pool.finds.share(find(1)))
         assert found(await alone) == 1
         assert found(await (await shared(pool, 5))) == 5
-
-
-@asynccontextmanager
-async def locked(cluster: Cluster) -> AsyncIterator[None]:
-    """Nobody can read collection ``d``."""
-    table = cluster.psql(
-        "select collection_id from documentdb_api_catalog.collections"
-        " where database_name = 'line' and collection_name = 'd'"
-    )[0][0]
-    async with await psycopg.AsyncConnection.connect(conninfo(configuration(cluster))) as blocker:
-        await blocker.execute(f"lock table documentdb_data.documents_{table} in access exclusive mode")
-        yield
 
 
 async def test_stalls_with_several_batches_under_way_cost_no_connection(cluster: Cluster, make_pool: MakePool) -> None:
@@ -190,7 +150,7 @@ async def test_pages_share_as_many_lines_as_there_is_room_for(
 ) -> None:
     async with make_pool(connections) as pool:
         pages = [await opened(pool, number % 9) for number in range(40)]
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             rows = await asyncio.gather(*[pool.get_mores.share(page) for page in pages])
             assert [rest(row) for row in rows] == [list(range(number % 9 + 1, 10)) for number in range(40)]
@@ -226,7 +186,7 @@ async def test_pages_behind_one_that_stalls_are_read_elsewhere(cluster: Cluster,
         blocked = await opened(pool, 4, "d")
         pages = [await opened(pool, number) for number in range(9)]
         async with locked(cluster):
-            async with asyncio.timeout(_PATIENCE_SECONDS):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while len(pool.get_mores.all) < 2:
                     await asyncio.gather(*[pool.get_mores.share(page) for page in pages])
             first = await joined(pool.get_mores, pages[0])

@@ -3,99 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from psycopg import pq
 
 from pg_ferret.engine.calls import GET_MORE
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.shared import STALL_SECONDS, Costs, Owner, Reads, SharedLine
+from tests.unit.fake_line import Loop, Server, row, sync
 
 _SHAPE = 1
-
-
-class Loop:
-    """An event loop in which nothing happens by itself."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.soon: list[Callable[[], None]] = []
-        self.later: list[tuple[float, Callable[[], None]]] = []
-
-    def time(self) -> float:
-        return self.now
-
-    def get_debug(self) -> bool:
-        return False
-
-    def create_future(self) -> asyncio.Future[Row]:
-        return asyncio.Future(loop=cast(Any, self))
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        self.soon.append(call)
-
-    def call_later(self, seconds: float, call: Callable[[], None]) -> None:
-        self.later.append((self.now + seconds, call))
-
-    def add_reader(self, *_: Any) -> None: ...
-
-    def remove_reader(self, *_: Any) -> None: ...
-
-    def run(self, seconds: float = 0.0) -> None:
-        """What is to be done at once, and what is due so much later."""
-        while self.soon:
-            self.soon.pop(0)()
-        self.now += seconds
-        due = [call for at, call in self.later if at <= self.now]
-        self.later = [(at, call) for at, call in self.later if at > self.now]
-        for call in due:
-            call()
-
-
-class Result:
-    """A result of libpq."""
-
-    def __init__(self, status: pq.ExecStatus) -> None:
-        self.status = int(status)
-
-    def get_value(self, _row: int, column: int) -> bytes | None:
-        return b"page" if column == 0 else None
-
-
-class Server:
-    """A connection in pipeline mode: results arrive when the test says so."""
-
-    socket = 0
-    status = int(pq.ConnStatus.OK)
-
-    def __init__(self) -> None:
-        self.pgconn = self
-        self._results: list[Result] = []
-
-    def enter_pipeline_mode(self) -> None: ...
-
-    def send_query_prepared(self, *_: Any) -> None: ...
-
-    def pipeline_sync(self) -> None: ...
-
-    def flush(self) -> int:
-        return 0
-
-    def consume_input(self) -> None: ...
-
-    def is_busy(self) -> int:
-        return not self._results
-
-    def get_result(self) -> Result:
-        return self._results.pop(0)
-
-    def answer(self, line: SharedLine, count: int, sync: bool = False) -> None:
-        self._results += [Result(pq.ExecStatus.TUPLES_OK) for _ in range(count)]
-        self._results += [Result(pq.ExecStatus.PIPELINE_SYNC)] if sync else []
-        line._readable()
 
 
 class Stage:
@@ -122,6 +40,10 @@ def stage() -> Stage:
     return Stage()
 
 
+def answer(stage: Stage, count: int, *, end: bool = False) -> None:
+    stage.server.give(stage.line, *[row(b"page", None)] * count, *[sync()] * end)
+
+
 def answers(stage: Stage) -> int:
     return sum(waiter.done() for waiter in stage.waiters)
 
@@ -129,16 +51,16 @@ def answers(stage: Stage) -> int:
 def test_a_line_that_moves_may_take_its_time(stage: Stage) -> None:
     for number in range(1, 4):
         stage.loop.run(STALL_SECONDS * 0.9)
-        stage.server.answer(stage.line, 1)
+        answer(stage, 1)
         stage.loop.run(STALL_SECONDS * 0.2)
         assert (answers(stage), stage.line.waiting, stage.stalled) == (number, 4 - number, [])
-    stage.server.answer(stage.line, 1, sync=True)
+    answer(stage, 1, end=True)
     stage.loop.run(STALL_SECONDS)
     assert (answers(stage), stage.line.waiting, stage.line.lost, stage.loop.later) == (4, 0, False, [])
 
 
 def test_a_line_that_stands_still_is_given_up(stage: Stage) -> None:
-    stage.server.answer(stage.line, 1)
+    answer(stage, 1)
     stage.loop.run(STALL_SECONDS)
     stage.loop.run(STALL_SECONDS)
     assert stage.stalled == [stage.reads[1]]
@@ -148,11 +70,11 @@ def test_a_line_that_stands_still_is_given_up(stage: Stage) -> None:
 
 
 def test_an_answered_batch_whose_end_is_late_is_no_stall(stage: Stage) -> None:
-    stage.server.answer(stage.line, 4)
+    answer(stage, 4)
     for _ in range(3):
         stage.loop.run(STALL_SECONDS)
     assert (answers(stage), stage.stalled, stage.line.lost) == (4, [], False)
-    stage.server.answer(stage.line, 0, sync=True)
+    answer(stage, 0, end=True)
     stage.loop.run(STALL_SECONDS)
     assert (stage.line.busy, stage.loop.later) == (False, [])
 

@@ -1,0 +1,61 @@
+"""A worker's pool in the test's own process, and who waits for whom in PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import psycopg
+
+from dev.cluster import Cluster
+from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.pool import Pool
+from tests.integration.conftest import configuration
+
+MakePool = Callable[[int], AbstractAsyncContextManager[Pool]]
+PATIENCE_SECONDS = 10.0
+
+
+@asynccontextmanager
+async def opened_pool(cluster: Cluster, most: int) -> AsyncIterator[Pool]:
+    """A pool with at most so many connections."""
+    config = configuration(cluster, pool_min_conns=1, pool_max_conns=most)
+    pool = Pool(conninfo(config), pool_limits(config), lambda _: None, lambda _, __: None)
+    await pool.open()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Give the loop turns until it is so."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+def active(cluster: Cluster) -> list[str | None]:
+    """What connections of the gateway wait for a lock."""
+    return [row[0] for row in cluster.psql("select pid from pg_stat_activity where wait_event_type = 'Lock'")]
+
+
+def table_of(cluster: Cluster, collection: str) -> str:
+    """The table of a collection of the database ``line``."""
+    number = cluster.psql(
+        "select collection_id from documentdb_api_catalog.collections"
+        f" where database_name = 'line' and collection_name = '{collection}'"
+    )[0][0]
+    return f"documentdb_data.documents_{number}"
+
+
+@asynccontextmanager
+async def locked(cluster: Cluster) -> AsyncIterator[None]:
+    """Nobody can read collection ``d``."""
+    table = table_of(cluster, "d")
+    async with await psycopg.AsyncConnection.connect(conninfo(configuration(cluster))) as blocker:
+        await blocker.execute(f"lock table {table} in access exclusive mode")
+        yield

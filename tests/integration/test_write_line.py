@@ -1,0 +1,175 @@
+"""Small writes that share connections and flushes, on a real server: what they wait for, and that each is made once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from typing import Any
+
+import psycopg
+import pytest
+from bson import decode, encode
+from pymongo import MongoClient
+
+from dev.cluster import Cluster
+from pg_ferret.engine import calls
+from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.lines import Shared
+from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.pool import Pool
+from pg_ferret.errors import EngineError
+from tests.integration.conftest import configuration
+from tests.integration.pools import PATIENCE_SECONDS, MakePool, active, opened_pool, table_of, wait_until
+
+Document = dict[str, Any]
+_SHAPE = 1
+
+
+@pytest.fixture
+def make_pool(cluster: Cluster, client: MongoClient[Document]) -> MakePool:
+    """A worker's pool, with at most so many connections; a collection ``w`` of a hundred counters."""
+    client.line.w.drop()
+    client.line.w.insert_many([{"_id": number, "n": 0} for number in range(100)])
+    return partial(opened_pool, cluster)
+
+
+def increment(number: int) -> Shared:
+    """An update of one counter; all have the same shape."""
+    body = encode({"update": "w", "ordered": True, "$db": "line"})
+    statement = encode({"q": {"_id": number}, "u": {"$inc": {"n": 1}}})
+    return Shared(calls.UPDATE, (b"line", body, statement, calls.TRUE), b"line.w", _SHAPE)
+
+
+def modified(row: Row) -> int:
+    """How many documents an update has changed."""
+    assert row[0] is not None
+    return int(decode(row[0])["nModified"])
+
+
+async def lines(pool: Pool, count: int = 1) -> None:
+    """Writes of many clients, until they share so many lines."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while len(pool.writes.all) < count or any(line.busy for line in pool.writes.all):
+            await asyncio.gather(*[pool.writes.share(increment(99)) for _ in range(20)])
+
+
+def in_line(pool: Pool, *numbers: int) -> list[asyncio.Future[Row]]:
+    """Writes that stand in line."""
+    (line, *_) = pool.writes.all
+    assert line.takes(_SHAPE)
+    return [line.add(increment(number)) for number in numbers]
+
+
+@pytest.mark.parametrize(("connections", "count"), [(1, 0), (4, 0), (7, 0), (8, 1), (10, 2), (40, 2)])
+async def test_as_many_lines_as_there_is_room_for_and_every_write_once(
+    make_pool: MakePool, client: MongoClient[Document], connections: int, count: int
+) -> None:
+    async with make_pool(connections) as pool:
+        await lines(pool, count)
+        for _ in range(5):
+            rows = await asyncio.gather(*[pool.writes.share(increment(number % 50)) for number in range(200)])
+            assert [modified(row) for row in rows] == [1] * 200
+            assert pool.size <= connections
+            assert len(pool.writes.all) <= count
+    assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [20] * 50
+
+
+async def test_a_write_that_is_refused_harms_no_other(make_pool: MakePool) -> None:
+    async with make_pool(20) as pool:
+        await lines(pool)
+        (line, *_) = pool.writes.all
+        broken = Shared(calls.UPDATE, (b"line", b"no BSON", b"", calls.TRUE), b"line.w", _SHAPE)
+        first, refused, last = (line.add(write) for write in (increment(1), broken, increment(2)))
+        assert (modified(await first), modified(await last)) == (1, 1)
+        with pytest.raises(EngineError):
+            await refused
+
+
+async def test_who_waits_for_a_row_waits_apart(
+    cluster: Cluster, make_pool: MakePool, client: MongoClient[Document]
+) -> None:
+    async with make_pool(20) as pool:
+        await lines(pool)
+        async with await psycopg.AsyncConnection.connect(conninfo(configuration(cluster))) as blocker:
+            await blocker.execute(f"select from {table_of(cluster, 'w')} for update")
+            waiting = in_line(pool, 1)
+            await wait_until(lambda: len(active(cluster)) == 1)
+            body = encode({"insert": "other", "ordered": True, "$db": "line"})
+            insert = Shared(calls.INSERT, (b"line", body, encode({"_id": 1}), calls.TRUE), b"line.other", _SHAPE)
+            client.line.other.drop()
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await pool.writes.all[0].add(insert)
+            await wait_until(lambda: not pool.writes.busy)
+            assert not waiting[0].done()
+        assert modified(await waiting[0]) == 1
+    assert client.line.w.find_one(1) == {"_id": 1, "n": 1}
+
+
+async def test_what_holds_up_the_line_is_made_apart(
+    cluster: Cluster, make_pool: MakePool, client: MongoClient[Document]
+) -> None:
+    table = table_of(cluster, "w")
+    cluster.psql(
+        "create function public.hold() returns trigger language plpgsql as"
+        " $$begin perform pg_sleep(1); return new; end$$"
+    )
+    async with make_pool(20) as pool:
+        await lines(pool)
+        condition = (
+            'when (old.object_id operator(documentdb_core.=) \'{"": {"$numberInt": "5"}}\'::documentdb_core.bson)'
+        )
+        cluster.psql(
+            f"create trigger hold before update on {table} for each row {condition} execute function public.hold()"
+        )
+        held, *others = in_line(pool, 5, *range(10, 20))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert [modified(row) for row in await asyncio.gather(*others)] == [1] * 10
+            assert not held.done()
+            assert modified(await held) == 1
+    cluster.psql(f"drop trigger hold on {table}")
+    cluster.psql("drop function public.hold()")
+    assert [row["n"] for row in client.line.w.find({"_id": {"$in": [5, *range(10, 20)]}})] == [1] * 11
+
+
+async def test_fewer_connections_end_the_lines_and_no_write(cluster: Cluster, make_pool: MakePool) -> None:
+    async with make_pool(20) as pool:
+        await lines(pool, 2)
+        writes = [asyncio.ensure_future(pool.writes.share(increment(number % 50))) for number in range(200)]
+        await asyncio.sleep(0)
+        config = configuration(cluster, pool_min_conns=1, pool_max_conns=3)
+        await pool.resize(pool_limits(config))
+        assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 200
+        await wait_until(lambda: not pool.writes.all)
+
+
+def test_commits_without_a_flush(cluster: Cluster) -> None:
+    with psycopg.connect(conninfo(configuration(cluster)), autocommit=True) as connection:
+
+        def ask(sql: str) -> object:
+            (answer,) = connection.execute(sql).fetchone() or ()
+            return answer
+
+        # For one transaction only, and if the DBA has not decided so for all of them.
+        with connection.transaction():
+            incarnation = ask("select ferretdb.commit_unflushed(true)")
+            assert isinstance(incarnation, int)
+            assert ask("show synchronous_commit") == "off"
+        assert ask("show synchronous_commit") == "on"
+        assert ask("select ferretdb.commit_unflushed(false)") is None
+        connection.execute("set synchronous_commit = off")
+        assert ask("select ferretdb.commit_unflushed(true)") is None
+        # Nothing is on disk yet, unless PostgreSQL's own process has just been there.
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            connection.execute("create table if not exists public.made (n int)")
+            connection.execute("insert into public.made values (1)")
+            made = ask("select pg_current_wal_insert_lsn()")
+            if not ask(f"select pg_current_wal_flush_lsn() >= '{made}'"):
+                break
+            assert time.monotonic() < deadline
+        connection.execute(f"select ferretdb.flush_commits({incarnation})")
+        assert ask(f"select pg_current_wal_flush_lsn() >= '{made}'")
+        connection.execute("drop table public.made")
+        with pytest.raises(psycopg.errors.CrashShutdown, match="restarted before the write was flushed"):
+            connection.execute("select ferretdb.flush_commits(1)")

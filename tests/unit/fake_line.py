@@ -1,0 +1,133 @@
+"""An event loop and a connection to PostgreSQL that do what a test wants, and nothing by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+from psycopg import pq
+
+from pg_ferret.engine.pipeline import Pipeline, Row
+
+
+class Loop:
+    """An event loop in which nothing happens by itself."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.soon: list[Callable[[], None]] = []
+        self.later: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def get_debug(self) -> bool:
+        return False
+
+    def create_future(self) -> asyncio.Future[Row]:
+        return asyncio.Future(loop=cast(Any, self))
+
+    def call_soon(self, call: Callable[..., None], *arguments: Any, context: Any = None) -> None:
+        self.soon.append(lambda: call(*arguments))
+
+    def create_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
+        """The work is done at once; it must not wait for anything."""
+        done: asyncio.Future[None] = asyncio.Future(loop=cast(Any, self))
+        try:
+            work.send(None)
+        except StopIteration:
+            done.set_result(None)
+        return done
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> None:
+        self.later.append((self.now + seconds, call))
+
+    def add_reader(self, *_: Any) -> None: ...
+
+    def remove_reader(self, *_: Any) -> None: ...
+
+    def run(self, seconds: float = 0.0) -> None:
+        """What is to be done at once, and what is due so much later."""
+        while self.soon:
+            self.soon.pop(0)()
+        self.now += seconds
+        due = [call for at, call in self.later if at <= self.now]
+        self.later = [(at, call) for at, call in self.later if at > self.now]
+        for call in due:
+            call()
+
+
+class Result:
+    """A result of libpq."""
+
+    def __init__(self, status: pq.ExecStatus, row: Row = (), sqlstate: bytes = b"") -> None:
+        self.status = int(status)
+        self.nfields = len(row)
+        self.ntuples = 1
+        self._row = row
+        self._sqlstate = sqlstate
+
+    def get_value(self, _row: int, column: int) -> bytes | None:
+        return self._row[column]
+
+    def error_field(self, field: pq.DiagnosticField) -> bytes:
+        return self._sqlstate if field == pq.DiagnosticField.SQLSTATE else b"ERROR"
+
+
+class Server:
+    """A connection in pipeline mode: results arrive when the test says so."""
+
+    socket = 0
+    status = int(pq.ConnStatus.OK)
+    error_message = b""
+
+    def __init__(self) -> None:
+        self.pgconn = self
+        self.prepared_names: set[bytes] = set()
+        self.sent: list[bytes] = []  # the statements executed
+        self.cancelled = 0
+        self._results: list[Result] = []
+
+    def enter_pipeline_mode(self) -> None: ...
+
+    def send_prepare(self, *_: Any) -> None: ...
+
+    def send_query_prepared(self, name: bytes, *_: Any) -> None:
+        self.sent.append(name)
+
+    def pipeline_sync(self) -> None: ...
+
+    def flush(self) -> int:
+        return 0
+
+    def consume_input(self) -> None: ...
+
+    def is_busy(self) -> int:
+        return not self._results
+
+    def get_result(self) -> Result:
+        return self._results.pop(0)
+
+    async def cancel_safe(self, **_: Any) -> None:
+        self.cancelled += 1
+
+    def give(self, line: Pipeline, *results: Result) -> None:
+        """These results arrive."""
+        self._results += results
+        line._readable()
+
+
+def row(*columns: bytes | None) -> Result:
+    """A result of one row."""
+    return Result(pq.ExecStatus.TUPLES_OK, columns)
+
+
+def refusal(sqlstate: bytes) -> Result:
+    """An error."""
+    return Result(pq.ExecStatus.FATAL_ERROR, sqlstate=sqlstate)
+
+
+def sync() -> Result:
+    """The end of a transaction."""
+    return Result(pq.ExecStatus.PIPELINE_SYNC)

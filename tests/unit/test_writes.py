@@ -1,0 +1,277 @@
+"""Writes that share a connection, and the flush of what they commit, on a clock and a server that a test moves."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any, cast
+
+import pytest
+
+from pg_ferret.engine.backend import Backend
+from pg_ferret.engine.calls import FLUSH_COMMITS, INSERT, LOCK_TIMEOUT, TRUE, Call
+from pg_ferret.engine.commits import Commits, Committed
+from pg_ferret.engine.lines import Shared
+from pg_ferret.engine.pipeline import Params, Row
+from pg_ferret.engine.shared import Owner
+from pg_ferret.engine.writes import STUCK_SECONDS, Room, Shapes, WriteLine, Writes
+from pg_ferret.errors import EngineError, EngineLostError
+from tests.unit.fake_line import Loop, Server, refusal, row, sync
+
+_SHAPE = 1
+_DONE = (b"reply", b"\x01", b"12345678")
+_WRITE = Shared(INSERT, (b"db", b"spec", b"documents", TRUE), b"db.c", _SHAPE)
+
+
+def write_error(code: int) -> Any:
+    """How the engine reports an error in a single statement."""
+    return row(b"...\x10code\0" + struct.pack("<i", code) + b"...", b"\0", b"12345678")
+
+
+class Stage:
+    """A line that has been set up, and what became of the writes given to it."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.server = Server()
+        self.shapes = Shapes()
+        self.shapes.note(_SHAPE, 0.0)
+        self.committed: list[Row] = []
+        self.elsewhere: list[Shared] = []
+        self.ended = 0
+        self.stalled: list[Shared] = []
+        owner = Owner(
+            lambda write, _: self.elsewhere.append(write), self._end, lambda _, write: self.stalled.append(write)
+        )
+        self.line = WriteLine(
+            cast(Any, self.server),
+            cast(Any, self.loop),
+            self.shapes,
+            lambda _, done: self.committed.append(done),
+            owner,
+        )
+        self.server.give(self.line, row(b"30"), sync())
+
+    def _end(self, _: object) -> None:
+        self.ended += 1
+
+
+@pytest.fixture
+def stage() -> Stage:
+    return Stage()
+
+
+def test_every_write_is_a_transaction_of_its_own(stage: Stage) -> None:
+    waiters = [stage.line.add(_WRITE) for _ in range(3)]
+    assert stage.server.sent == [LOCK_TIMEOUT.name, *[INSERT.name] * 3]
+    stage.server.give(stage.line, row(*_DONE), sync(), refusal(b"22023"), sync(), row(b"reply", b"\x01", None), sync())
+    assert stage.committed == [_DONE]  # told when it is flushed
+    assert not waiters[0].done()
+    error = waiters[1].exception()
+    assert isinstance(error, EngineError)
+    assert error.sqlstate == "22023"
+    assert waiters[2].result() == (b"reply", b"\x01", None)
+    assert (stage.line.busy, stage.line.waiting) == (False, 0)
+
+
+@pytest.mark.parametrize("answer", [refusal(b"55P03"), refusal(b"57014"), write_error(50463045), write_error(67371461)])
+def test_what_would_have_to_wait_is_made_elsewhere(stage: Stage, answer: Any) -> None:
+    waiter = stage.line.add(_WRITE)
+    stage.server.give(stage.line, answer, sync())
+    assert stage.elsewhere == [_WRITE]
+    assert not waiter.done()
+    assert not stage.line.takes(_SHAPE)
+    stage.loop.run(2.0)
+    assert stage.line.takes(_SHAPE)
+
+
+def test_another_error_of_a_statement_is_the_clients(stage: Stage) -> None:
+    waiter = stage.line.add(_WRITE)
+    stage.server.give(stage.line, write_error(11000), sync())
+    assert not stage.elsewhere
+    assert not waiter.done()
+    assert len(stage.committed) == 1
+
+
+def test_a_statement_that_is_not_prepared_ends_the_line(stage: Stage) -> None:
+    stage.line.add(_WRITE)
+    stage.server.give(stage.line, refusal(b"26000"), sync())
+    assert (stage.elsewhere, stage.ended) == ([_WRITE], 1)
+
+
+def test_slow_writes_stay_away_for_a_while(stage: Stage) -> None:
+    stage.line.add(_WRITE)
+    stage.loop.run(0.03)
+    assert not stage.line.takes(_SHAPE)  # it is late
+    stage.server.give(stage.line, row(*_DONE), sync())
+    assert not stage.line.takes(_SHAPE)
+    stage.loop.run(2.0)
+    assert stage.line.takes(_SHAPE)
+    assert not stage.line.takes(2)  # nothing is known of it
+
+
+def test_a_stuck_write_is_cancelled_and_at_last_given_up(stage: Stage) -> None:
+    waiters = [stage.line.add(_WRITE) for _ in range(2)]
+    stage.loop.run(STUCK_SECONDS)
+    assert stage.server.cancelled == 1
+    stage.server.give(stage.line, refusal(b"57014"), sync())
+    assert stage.elsewhere == [_WRITE]
+    stage.loop.run(STUCK_SECONDS)
+    assert not stage.stalled
+    for _ in range(60):
+        stage.loop.run(STUCK_SECONDS)
+    assert stage.stalled == [_WRITE]
+    assert stage.line.lost
+    assert isinstance(waiters[1].exception(), EngineLostError)
+    assert not stage.loop.later
+
+
+def test_a_line_that_moves_is_not_cancelled(stage: Stage) -> None:
+    for _ in range(3):
+        stage.line.add(_WRITE)
+    for _ in range(2):
+        stage.loop.run(STUCK_SECONDS * 0.9)
+        stage.server.give(stage.line, row(*_DONE), sync())
+        stage.loop.run(STUCK_SECONDS * 0.2)
+    assert stage.server.cancelled == 0
+
+
+def test_a_lost_connection_fails_all_that_wait(stage: Stage) -> None:
+    waiters = [stage.line.add(_WRITE) for _ in range(2)]
+    stage.server.give(stage.line, row(*_DONE), sync(), refusal(b""))
+    stage.line.drop()
+    assert len(stage.committed) == 1
+    assert isinstance(waiters[1].exception(), EngineLostError)
+    assert stage.ended == 1
+
+
+def test_who_leaves_finishes_first(stage: Stage) -> None:
+    stage.line.add(_WRITE)
+    stage.line.retire()
+    assert (stage.ended, stage.line.takes(_SHAPE)) == (0, False)
+    stage.server.give(stage.line, row(*_DONE), sync())
+    assert stage.ended == 1
+
+
+class Pool:
+    """What the lines know of it."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.is_crowded = True
+        self.alone: list[Params] = []
+        self.apart: list[Params] = []
+        self.wanted = 0
+        room = Room(lambda: self.is_crowded, self._alone, self._apart, self._want)
+        self.writes = Writes(lambda _: stage.line, stage.shapes, room)
+        self.writes.allot(2)
+
+    def _want(self, _: object) -> None:
+        self.wanted += 1
+
+    async def _alone(self, _: Call, params: Params) -> Row:
+        self.alone.append(params)
+        return ()
+
+    async def _apart(self, _: Call, params: Params) -> Row:
+        self.apart.append(params)
+        return ()
+
+
+def test_a_write_shares_only_among_others(stage: Stage) -> None:
+    pool = Pool(stage)
+    pool.writes.add(cast(Any, stage.server))
+    assert asyncio.isfuture(pool.writes.share(_WRITE))
+    assert pool.wanted == 0
+    assert asyncio.isfuture(pool.writes.share(_WRITE))
+    assert pool.wanted == 1  # somebody is before it
+    pool.is_crowded = False
+    asyncio.run(cast(Any, pool.writes.share(_WRITE)))
+    assert pool.alone == [_WRITE.params[:-1]]
+
+
+def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
+    pool = Pool(stage)
+    pool.writes.add(cast(Any, stage.server))
+    other = _WRITE._replace(shape=2)
+    asyncio.run(cast(Any, pool.writes.share(other)))
+    assert pool.apart == [other.params]
+    assert asyncio.isfuture(pool.writes.share(other))
+
+
+class Flushes:
+    """What is to be flushed, and the connection that does it."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.server = Server()
+        self.elsewhere: list[Committed] = []
+        self.commits = Commits(cast(Any, self.loop), self.elsewhere.append)
+        self.backend = Backend(
+            cast(Any, self.server), cast(Any, self.loop), lambda _: None, lambda _: None, lambda _, __: None
+        )
+        self.commits.backend = self.backend
+
+    def add(self, incarnation: bytes = b"12345678") -> asyncio.Future[Row]:
+        waiter = self.loop.create_future()
+        self.commits.add(waiter, (b"reply", b"\x01", incarnation))
+        return waiter
+
+    def answer(self, *results: Any) -> None:
+        self.server.give(self.backend, *results, sync())
+        self.loop.run()
+
+
+@pytest.fixture
+def flushes() -> Flushes:
+    return Flushes()
+
+
+def test_one_flush_serves_all_of_a_turn_and_the_next_one_all_of_meanwhile(flushes: Flushes) -> None:
+    first = [flushes.add() for _ in range(3)]
+    flushes.loop.run()
+    second = [flushes.add() for _ in range(2)]
+    flushes.loop.run()
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+    flushes.answer(row(b""))
+    assert [waiter.done() for waiter in first + second] == [True] * 3 + [False] * 2
+    assert flushes.server.sent == [FLUSH_COMMITS.name] * 2
+    flushes.answer(row(b""))
+    assert all(waiter.done() for waiter in second)
+    assert not flushes.commits.flushing
+
+
+def test_a_flush_that_is_refused_fails_its_writes(flushes: Flushes) -> None:
+    waiter = flushes.add()
+    flushes.loop.run()
+    flushes.answer(refusal(b"57P02"))
+    error = waiter.exception()
+    assert isinstance(error, EngineError)
+    assert error.sqlstate == "57P02"
+
+
+def test_when_the_connection_is_lost_another_one_flushes(flushes: Flushes) -> None:
+    waiter = flushes.add()
+    flushes.loop.run()
+    flushes.backend.drop()
+    flushes.loop.run()
+    (committed,) = flushes.elsewhere
+    assert committed.incarnation == b"12345678"
+    assert not waiter.done()
+    committed.tell(None)
+    assert waiter.result()[0] == b"reply"
+
+
+def test_a_restarted_server_is_not_asked_for_what_came_before(flushes: Flushes) -> None:
+    flushes.add(b"before..")
+    flushes.add(b"after...")
+    flushes.loop.run()
+    assert [committed.incarnation for committed in flushes.elsewhere] == [b"before.."]
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+
+
+def test_who_does_not_wait_any_more_is_no_harm(flushes: Flushes) -> None:
+    gone, waits = flushes.add(), flushes.add()
+    gone.cancel()
+    flushes.loop.run()
+    flushes.answer(row(b""))
+    assert waits.done()
