@@ -39,7 +39,7 @@ class Committed(NamedTuple):
 class Commits:
     """What has been committed without a flush, and the connection that flushes it, if there is one."""
 
-    __slots__ = ("_elsewhere", "_loop", "_next", "_scheduled", "allowed", "backend", "flushing")
+    __slots__ = ("_elsewhere", "_loop", "_next", "_scheduled", "allowed", "backend", "flushing", "pending")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, elsewhere: Callable[[Committed], None]) -> None:
         """`elsewhere` has writes flushed by any other connection."""
@@ -48,6 +48,7 @@ class Commits:
         self._next: Committed | None = None
         self._scheduled = False
         self.flushing = False
+        self.pending = 0  # writes that wait for a flush
         self.allowed = False  # to have a connection
         self.backend: Backend | None = None  # it does nothing else
 
@@ -62,9 +63,10 @@ class Commits:
         following = self._next
         if following is None or following.incarnation != incarnation:
             if following is not None:  # the server has been restarted
-                self._elsewhere(following)
+                self._pass_on(following)
             following = self._next = Committed(incarnation, [])
         following.writes.append((waiter, row))
+        self.pending += 1
         if not self.flushing and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._flush)
@@ -76,7 +78,7 @@ class Commits:
         if committed is None:
             return
         if self.backend is None or self.backend.lost:
-            self._elsewhere(committed)
+            self._pass_on(committed)
             return
         self.flushing = True
         flush = self.backend.execute(FLUSH_COMMITS, (committed.incarnation,))
@@ -86,7 +88,12 @@ class Commits:
         self.flushing = False
         error = flush.exception()
         if isinstance(error, EngineLostError):
-            self._elsewhere(committed)
+            self._pass_on(committed)
         else:
+            self.pending -= len(committed.writes)
             committed.tell(error)
         self._flush()
+
+    def _pass_on(self, committed: Committed) -> None:
+        self.pending -= len(committed.writes)
+        self._elsewhere(committed)

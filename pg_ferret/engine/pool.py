@@ -49,6 +49,10 @@ _LINES_OF_FINDS = 1
 _LINES_OF_GET_MORES = 2
 # And a write takes as long as it takes the worker to serve it.
 _LINES_OF_WRITES = 2
+# A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way on,
+# until there are so few. A mixture of both would be slower than either.
+_CROWD = 8
+_NO_CROWD = 2
 _log = structlog.get_logger()
 
 
@@ -111,6 +115,7 @@ class Pool:
         self.get_mores = reads(GET_MORE)
         make = partial(WriteLine, loop=self._loop, shapes=shapes, committed=self._commits.add, owner=owner)
         self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._want))
+        self._crowd = False  # whether writes share
         self._sharing = 0  # connections that are lines
         self._wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
         self._allot_lines()
@@ -215,16 +220,27 @@ class Pool:
         return self._alone(call, params)
 
     def _alone(self, call: Call, params: Params) -> Awaitable[Row]:
-        if self._commits.backend is None and len(self._idle) < len(self._all) and self._commits.allowed:
-            self._want(self._commits)
+        commits = self._commits
+        if commits.backend is None and commits.allowed and self._under_way() >= _CROWD:
+            self._want(commits)
         return self.call(call, (*params, FALSE))
 
+    def _under_way(self) -> int:
+        return len(self._all) - len(self._idle) + len(self._waiting)
+
     def _crowded(self) -> bool:
-        """Whether others are under way whose commits may share a flush with that of the next write."""
+        """Whether so many others are under way that the next write had better share connection and flush with them."""
         commits = self._commits
         if commits.backend is None:
             return False
-        return commits.flushing or len(self._idle) + 1 < len(self._all) or self.writes.busy > 0
+        others = self._under_way() - 1 + commits.pending
+        for line in self.writes.all:
+            others += line.waiting
+        if others >= _CROWD:
+            self._crowd = True
+        elif others <= _NO_CROWD:
+            self._crowd = False
+        return self._crowd
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:
