@@ -37,7 +37,10 @@ ferretdb_commit_unflushed(PG_FUNCTION_ARGS)
 	PG_RETURN_INT64(ferret_shared->incarnation);
 }
 
-/* Behind the last record in the WAL, where a new one would not always begin: pages have headers. */
+/*
+ * Behind the last record in the WAL, where a new one would not always begin:
+ * pages have headers.  Not every minor release has GetXLogInsertEndRecPtr().
+ */
 static XLogRecPtr
 end_of_wal(void)
 {

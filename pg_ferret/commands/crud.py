@@ -26,13 +26,15 @@ _FOR_EVER = float("inf")
 _FOUND_NOTHING = b"\x10n\0\0\0\0\0\x08updatedExisting\0\0\0\x03value\0"
 _FOUND_ONE = b"\x10n\0\1\0\0\0\x08updatedExisting\0\1\0\x03value\0"
 _HEAD_BYTES = 100
-# A write that may share a connection: of how many bytes its statement may be, and of what type the value of an _id in
+# A write that may share a connection: of how many bytes its message may be, and of what type the value of an _id in
 # it; a document could be operators, a regular expression matches many.
 _SMALL_BYTES = 4096
 _ID_TYPES = frozenset(
     (bson.DOUBLE, bson.STRING, bson.BINARY, bson.OBJECT_ID, bson.BOOL, bson.DATE, bson.INT32, bson.INT64)
 )
 _NO_QUERY = (0, 0, 0)
+# They leave a time limit behind, or have several documents of the same _id.
+_NOT_ALONE = frozenset((b"maxTimeMS", b"collation"))
 
 
 def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes:
@@ -142,7 +144,7 @@ class _Write(NamedTuple):
 
     db: bytes
     rewritten: bool  # the engine must not see it as it came
-    namespace: Namespace | None  # of a write that may share a connection: it must leave no time limit behind
+    namespace: Namespace | None  # of a write that may share a connection
 
 
 async def _write(call: calls.Call, statements: bytes, request: Request, client: Client) -> bytes:
@@ -152,7 +154,7 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     known: _Write | None = None if memo is None else memo.get("write")
     if known is None:
         fields = request.fields
-        named = None if b"maxTimeMS" in fields else Namespace.of(request)
+        named = Namespace.of(request) if _NOT_ALONE.isdisjoint(fields) else None
         known = _Write(database(request), not unchanged(request), named)
         if memo is not None:
             memo["write"] = known
@@ -163,7 +165,7 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     else:
         body = memoryview(request.frame)[request.start : request.end]
     engine = client.services.engine
-    if named is not None and sequence is not None and _single(sequence, statements):
+    if named is not None and sequence is not None and _single(sequence, statements, len(request.frame)):
         namespace = named.read(request)
         params = (db, body, sequence, calls.TRUE)
         answer = engine.writes.share(Shared(call, params, namespace, hash((call.name, namespace))))
@@ -176,9 +178,12 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     return await write_errors.rebuild(reply, statements, request, client)
 
 
-def _single(sequence: memoryview, statements: bytes) -> bool:
-    """Whether it is one small document to insert, or one statement for a small change of one document by its _id."""
-    if len(sequence) > _SMALL_BYTES:
+def _single(sequence: memoryview, statements: bytes, size: int) -> bool:
+    """Whether it is one small document to insert, or one statement for a small change of one document by its _id.
+
+    ``size`` is that of the whole message.
+    """
+    if size > _SMALL_BYTES:
         return False
     head = bytes(sequence[:16])  # {q: {_id: …
     if int.from_bytes(head[:4], "little") != len(sequence):
@@ -208,7 +213,7 @@ def _find_and_modify(request: Request, client: Client) -> Awaitable[Row]:
         and frame[start + 4] in _ID_TYPES
         and frame[start + 5 : start + 9] == b"_id\0"
         and len(frame) <= _SMALL_BYTES
-        and b"maxTimeMS" not in fields
+        and _NOT_ALONE.isdisjoint(fields)
     ):
         namespace = db + b"." + collection(request)
         write = Shared(calls.FIND_AND_MODIFY, (db, body, calls.TRUE), namespace, hash((b"findAndModify", namespace)))

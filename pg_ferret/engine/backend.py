@@ -153,7 +153,7 @@ class Backend(Pipeline):
             waiter.set_exception(error)
         elif row is None:
             waiter.set_result(())
-        elif writes and row[2] is not None:
+        elif writes and row[-1] is not None and not self.held:  # a cancelled one has no client
             self._committed(waiter, row)
         else:
             waiter.set_result(row)

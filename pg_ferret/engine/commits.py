@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import FLUSH_COMMITS
 from pg_ferret.engine.pipeline import Row
-from pg_ferret.errors import EngineLostError
+from pg_ferret.errors import EngineError, EngineLostError
+
+# crash_shutdown, extension/commit.c: the server that committed them is no more.
+_RESTARTED: Final = "57P02"
 
 
 class Committed(NamedTuple):
@@ -25,7 +28,7 @@ class Committed(NamedTuple):
     incarnation: bytes  # of the server that committed them, 8 bytes: none other can flush them
     writes: list[tuple[asyncio.Future[Row], Row]]  # who waits for which result
 
-    def tell(self, error: BaseException | None) -> None:
+    def tell(self, error: Callable[[], Exception] | None) -> None:
         """They are on disk, or nobody knows."""
         for waiter, row in self.writes:
             if waiter.done():
@@ -33,7 +36,17 @@ class Committed(NamedTuple):
             if error is None:
                 waiter.set_result(row)
             else:
-                waiter.set_exception(error)
+                waiter.set_exception(error())
+
+
+def unknown(error: BaseException | None) -> Callable[[], Exception]:
+    """What to tell when writes could not be flushed: whether they have been made, nobody knows.
+
+    No other error would be true, and least of all one that a client may answer by making them again.
+    """
+    if isinstance(error, EngineError) and error.sqlstate == _RESTARTED:
+        return partial(EngineError, error.sqlstate, error.message)
+    return partial(EngineLostError, "the connection to PostgreSQL was lost")
 
 
 class Commits:
@@ -87,11 +100,11 @@ class Commits:
     def _flushed(self, committed: Committed, flush: asyncio.Future[Row]) -> None:
         self.flushing = False
         error = flush.exception()
-        if isinstance(error, EngineLostError):
-            self._pass_on(committed)
-        else:
+        if error is None or (isinstance(error, EngineError) and error.sqlstate == _RESTARTED):
             self.pending -= len(committed.writes)
-            committed.tell(error)
+            committed.tell(None if error is None else unknown(error))
+        else:
+            self._pass_on(committed)
         self._flush()
 
     def _pass_on(self, committed: Committed) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
-from pg_ferret.engine.pipeline import Params, Pipeline, Session
+from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
 
 
 class Shared(NamedTuple):
@@ -37,6 +38,14 @@ class Line(Pipeline):
     @abstractmethod
     def drop(self) -> None:
         """Give the connection up, whatever it does."""
+
+
+class Owner(NamedTuple):
+    """What the pool does for a line, of reads or of writes."""
+
+    elsewhere: Callable[[Shared, asyncio.Future[Row]], None]  # run a request on a connection of its own
+    ended: Callable[[Line], None]  # the line serves no more; called once
+    stalled: Callable[[Line, Shared], None]  # instead: it was given up with this request under way
 
 
 AnyLine = TypeVar("AnyLine", bound=Line)

@@ -21,15 +21,15 @@ import structlog
 
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import FALSE, FIND, FLUSH_COMMITS, GET_MORE, TRUE, Call
-from pg_ferret.engine.commits import Commits, Committed
+from pg_ferret.engine.commits import Commits, Committed, unknown
 from pg_ferret.engine.limits import Limits
-from pg_ferret.engine.lines import Line, Lines, Shared
+from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
 from pg_ferret.engine.scheduling import schedule
-from pg_ferret.engine.shared import Costs, Owner, Reads, SharedLine
+from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
-from pg_ferret.errors import CommandError, EngineLostError
+from pg_ferret.errors import CommandError, EngineError, EngineLostError
 
 TICK_SECONDS = 5.0
 _IDLE_TICKS = 120
@@ -170,7 +170,9 @@ class Pool:
             task.cancel()
         # PostgreSQL would go on with what nobody waits for any more.
         running = [
-            self._loop.create_task(backend.cancel()) for backend in self._all if backend.busy and not backend.held
+            self._loop.create_task(backend.cancel())
+            for backend in self._all
+            if backend.busy and not backend.held and backend is not self._commits.backend
         ]
         if running:
             await asyncio.wait(running, timeout=_CLOSE_SECONDS)
@@ -231,7 +233,8 @@ class Pool:
     def _crowded(self) -> bool:
         """Whether so many others are under way that the next write had better share connection and flush with them."""
         commits = self._commits
-        if commits.backend is None:
+        if commits.backend is None or not commits.allowed:
+            self._crowd = False
             return False
         others = self._under_way() - 1 + commits.pending
         for line in self.writes.all:
@@ -244,17 +247,23 @@ class Pool:
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:
-            committed.tell(EngineLostError("the connection to PostgreSQL was closed"))
+            committed.tell(unknown(None))
         else:
             self._spawn(self._flush(committed))
 
     async def _flush(self, committed: Committed) -> None:
+        error: Callable[[], Exception] | None = unknown(None)
+        params = (committed.incarnation,)
         try:
-            await self.call(FLUSH_COMMITS, (committed.incarnation,))
-        except Exception as error:
+            if self._idle:
+                await self._idle.pop().execute(FLUSH_COMMITS, params)
+            else:
+                await self._wait(FLUSH_COMMITS, params, None, first=True).waiter
+            error = None
+        except (EngineError, EngineLostError) as refused:
+            error = unknown(refused)
+        finally:
             committed.tell(error)
-        else:
-            committed.tell(None)
 
     def _lines(self) -> list[Line]:
         return [*self.finds.all, *self.get_mores.all, *self.writes.all]
@@ -271,6 +280,12 @@ class Pool:
         self.get_mores.allot(min(_LINES_OF_GET_MORES, room - finds - writes - flush))
         self._commits.allowed = flush
         if not flush:
+            self._disband()
+
+    def _flushed(self, flusher: Backend) -> None:
+        """The connection that flushes has done so; it serves nobody else."""
+        flusher.idle_ticks = 0
+        if not self._commits.allowed:
             self._disband()
 
     def _disband(self) -> None:
@@ -313,7 +328,9 @@ class Pool:
         for duty in self._wanted:
             if not duty.fits(backend):
                 continue
-            if len(self._all) < 2:  # never the last one: PostgreSQL might have no other for us
+            if (
+                len(self._all) - (self._commits.backend is not None) < 2
+            ):  # never the last one: PostgreSQL might have no other for us
                 if not self._growing:
                     self._grow()
                 return False
@@ -322,7 +339,7 @@ class Pool:
                 if not duty.allowed or duty.backend is not None:
                     return False
                 duty.backend = backend
-                backend.released = _keep
+                backend.released = self._flushed
             elif duty.due:
                 self._all.discard(backend)
                 backend.detach()
@@ -343,24 +360,24 @@ class Pool:
         if self._remove_line(line):
             self._spawn(self._put_back(line))
 
-    def _line_stalled(self, line: Line, read: Shared) -> None:
+    def _line_stalled(self, line: Line, request: Shared) -> None:
         """A request on a shared connection goes on and on: it is cancelled there as if its client had gone."""
         if self._remove_line(line):
             backend = Backend(line.connection, self._loop, self._release, self._ended, self._commits.add)
             backend.abandon()
             self._all.add(backend)
-            command = "getMore" if read.call is GET_MORE else read.call.name.decode()
-            self._spawn(self._recover(backend, f"{command} {read.namespace.decode('utf-8', 'replace')}"))
+            command = "getMore" if request.call is GET_MORE else request.call.name.decode()
+            self._spawn(self._recover(backend, f"{command} {request.namespace.decode('utf-8', 'replace')}"))
 
-    def _elsewhere(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
-        task = self._spawn(self._again(read, waiter))
+    def _elsewhere(self, request: Shared, waiter: asyncio.Future[Row]) -> None:
+        task = self._spawn(self._again(request, waiter))
         self._elsewhere_now[task] = waiter
         task.add_done_callback(self._elsewhere_now.pop)
 
-    async def _again(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
+    async def _again(self, request: Shared, waiter: asyncio.Future[Row]) -> None:
         """A request that could not be served on the shared connection."""
         try:
-            row = await self.call(read.call, read.params)
+            row = await self.call(request.call, request.params)
         except Exception as error:
             if not waiter.done():
                 waiter.set_exception(error)
@@ -378,12 +395,15 @@ class Pool:
                 backend.held = True  # now: before the task begins, the call may end and the next one be given it
                 self._spawn(self._recover(backend, request))
 
-    def _wait(self, call: Call, params: Params, timeout_ms: bytes | None) -> _Request:
-        """Have a call made on the next connection that comes free."""
+    def _wait(self, call: Call, params: Params, timeout_ms: bytes | None, *, first: bool = False) -> _Request:
+        """Have a call made on the next connection that comes free; the ``first`` one before others, however late."""
         seconds = self._limits.wait_seconds if self._open else _INSTALLING_SECONDS
-        deadline = math.inf if seconds is None else self._loop.time() + seconds
+        deadline = math.inf if seconds is None or first else self._loop.time() + seconds
         request = _Request(call, params, timeout_ms, self._loop.create_future(), deadline)
-        self._waiting.append(request)
+        if first:
+            self._waiting.appendleft(request)
+        else:
+            self._waiting.append(request)
         self._grow()
         if not self._watching:
             self._watching = True
@@ -535,7 +555,7 @@ class Pool:
         flusher = self._commits.backend
         if flusher is not None and not flusher.busy:
             flusher.idle_ticks += 1
-            if flusher.idle_ticks > _IDLE_TICKS or not self._commits.allowed:
+            if flusher.idle_ticks > _IDLE_TICKS:
                 self._disband()
         for line in self._lines():
             if not line.busy:
@@ -548,8 +568,3 @@ class Pool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _keep(flusher: Backend) -> None:
-    """A flush is over; the connection serves nobody else."""
-    flusher.idle_ticks = 0

@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
 
 import psycopg
 from psycopg import pq
 
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
-from pg_ferret.engine.lines import Line, Lines, Shared
+from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, PIPELINE_ABORTED, PIPELINE_SYNC, TUPLES_OK, Row, Session
 from pg_ferret.errors import EngineLostError
 
@@ -52,14 +51,6 @@ class Costs:
             if len(self._cheap) >= _MOST_SHAPES:
                 self._cheap.clear()
             self._cheap.add(shape)
-
-
-class Owner(NamedTuple):
-    """What the pool does for a line, of reads or of writes."""
-
-    elsewhere: Callable[[Shared, asyncio.Future[Row]], None]  # run a request on a connection of its own
-    ended: Callable[[Line], None]  # the line serves no more; called once
-    stalled: Callable[[Line, Shared], None]  # instead: it was given up with this request under way
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]

@@ -20,15 +20,25 @@ import psycopg
 from psycopg import pq
 
 from pg_ferret.engine.calls import LOCK_TIMEOUT, Call
-from pg_ferret.engine.lines import Line, Lines, Shared
-from pg_ferret.engine.pipeline import COMMAND_OK, PIPELINE_ABORTED, PIPELINE_SYNC, TUPLES_OK, Params, Row, Session
-from pg_ferret.engine.shared import Owner
+from pg_ferret.engine.lines import Line, Lines, Owner, Shared
+from pg_ferret.engine.pipeline import (
+    COMMAND_OK,
+    LARGE_BYTES,
+    PIPELINE_ABORTED,
+    PIPELINE_SYNC,
+    TUPLES_OK,
+    Params,
+    Row,
+    Session,
+)
 from pg_ferret.errors import EngineError, EngineLostError
 
-# Seconds: a line whose first write takes longer takes nobody.
+# Seconds: a line whose first write takes longer takes nobody, and as much for each that waits: the loop has more to do
+# before it sees them end.
 _LATE_SECONDS: Final = 0.004
+_EACH_SECONDS: Final = 0.0005
 # A write that takes longer is made elsewhere for so long, and so are those like it.
-_SLOW_SECONDS: Final = 0.02
+_SLOW_SECONDS: Final = 0.05
 _BANNED_SECONDS: Final = 1.0
 # After so long the first write is cancelled, to be made elsewhere; if PostgreSQL does not heed, the line is given up.
 STUCK_SECONDS: Final = 0.1
@@ -123,7 +133,10 @@ class WriteLine(Line):
         self._tasks: set[asyncio.Task[None]] = set()
         super().__init__(conn, loop)
         self.spent = True  # with a lock timeout of its own it is of no use to others
-        nobody: asyncio.Future[Row] = loop.create_future()
+
+    def begin(self) -> None:
+        """Set the connection up."""
+        nobody: asyncio.Future[Row] = self._loop.create_future()
         nobody.cancel()
         self._send(_Waiting(Shared(LOCK_TIMEOUT, (_LOCK_MILLISECONDS,), b"", 0), nobody))
 
@@ -131,9 +144,9 @@ class WriteLine(Line):
         """Whether a write may join."""
         queue = self._queue
         now = self._loop.time()
-        if self._leaving or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
+        if self._leaving or self.lost or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
             return False
-        return not queue or now - self._since <= _LATE_SECONDS
+        return not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS
 
     @property
     def waiting(self) -> int:
@@ -147,6 +160,9 @@ class WriteLine(Line):
 
     def _send(self, waiting: _Waiting) -> None:
         queue = self._queue
+        if self.lost:
+            waiting.waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
+            return
         if not queue:
             self._since = self._loop.time()
             self.busy = True
@@ -170,7 +186,10 @@ class WriteLine(Line):
         if status == TUPLES_OK:
             get = result.get_value
             if result.nfields == 3:
-                self._row = (get(0, 0), get(0, 1), get(0, 2))
+                reply = get(0, 0)
+                if reply is not None and len(reply) > LARGE_BYTES:
+                    self.swollen = True
+                self._row = (reply, get(0, 1), get(0, 2))
         elif status == PIPELINE_SYNC:
             self._finish()
         elif status not in (COMMAND_OK, PIPELINE_ABORTED):
@@ -180,11 +199,12 @@ class WriteLine(Line):
 
     def _finish(self) -> None:
         """The server has done with the first one: it is committed, or rolled back."""
+        slow = _SLOW_SECONDS + len(self._queue) * _EACH_SECONDS
         write, waiter = self._queue.popleft()
         row, self._row = self._row, None
         error, self._error = self._error, None
         now = self._loop.time()
-        if now - self._since > _SLOW_SECONDS:
+        if now - self._since > slow:
             self._shapes.note(write.shape, now + _BANNED_SECONDS)
         self._since = now
         if not self._queue:
@@ -197,7 +217,7 @@ class WriteLine(Line):
             self._owner.elsewhere(write, waiter)
         elif error is not None:
             waiter.set_exception(error)
-        elif row is not None and row[2] is not None:
+        elif row is not None and row[-1] is not None:
             self._committed(waiter, row)
         else:
             waiter.set_result(row if row is not None else ())
@@ -233,7 +253,7 @@ class WriteLine(Line):
             await self._conn.cancel_safe(timeout=_CANCEL_SECONDS)
 
     def _give_up(self) -> None:
-        """Serve no more; nobody knows what has become of those who wait."""
+        """Serve no more; nobody knows what becomes of those who wait: PostgreSQL may still make their writes."""
         self.detach()
         self.lost = True
         self.busy = False
@@ -269,7 +289,7 @@ def _not_made(row: Row | None, error: Exception | None) -> bool:
 class Room(NamedTuple):
     """What the pool does for writes."""
 
-    crowded: Callable[[], bool]  # whether others are under way, with whose commits a write can be flushed
+    crowded: Callable[[], bool]  # whether so many requests are under way that writes share
     alone: Callable[[Call, Params], Awaitable[Row]]  # make a write, which waits for its own commit; without the flag
     apart: Callable[[Call, Params], Awaitable[Row]]  # make a write on a connection of its own
     want: Callable[[Writes], None]  # have another connection become a line
@@ -284,6 +304,10 @@ class Writes(Lines[WriteLine]):
         super().__init__(make)
         self._shapes = shapes
         self._crowded, self._alone, self._apart, self._want = room
+
+    def add(self, connection: Session) -> None:
+        super().add(connection)
+        self.all[-1].begin()
 
     def share(self, write: Shared) -> Awaitable[Row]:
         """As the pool's `write`, for one that touches a single small document, which it finds by its _id.

@@ -39,8 +39,9 @@ async def wait_until(condition: Callable[[], object]) -> None:
 
 
 def active(cluster: Cluster) -> list[str | None]:
-    """What connections of the gateway wait for a lock."""
-    return [row[0] for row in cluster.psql("select pid from pg_stat_activity where wait_event_type = 'Lock'")]
+    """The process ids of connections of the gateway that wait for a lock."""
+    sql = "select pid from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'pg_ferret'"
+    return [row[0] for row in cluster.psql(sql)]
 
 
 def table_of(cluster: Cluster, collection: str) -> str:

@@ -50,7 +50,7 @@ def modified(row: Row) -> int:
 async def lines(pool: Pool, count: int = 1) -> None:
     """Writes of many clients, until they share so many lines."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while len(pool.writes.all) < count or any(line.busy for line in pool.writes.all):
+        while len(pool.writes.all) < count or pool.writes.busy or (count and pool._commits.backend is None):
             await asyncio.gather(*[pool.writes.share(increment(99)) for _ in range(20)])
 
 
@@ -72,6 +72,7 @@ async def test_as_many_lines_as_there_is_room_for_and_every_write_once(
             assert [modified(row) for row in rows] == [1] * 200
             assert pool.size <= connections
             assert len(pool.writes.all) <= count
+            assert count or pool._commits.backend is None
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [20] * 50
 
 
@@ -140,7 +141,24 @@ async def test_fewer_connections_end_the_lines_and_no_write(cluster: Cluster, ma
         config = configuration(cluster, pool_min_conns=1, pool_max_conns=3)
         await pool.resize(pool_limits(config))
         assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 200
-        await wait_until(lambda: not pool.writes.all)
+        await wait_until(lambda: not pool.writes.all and pool._commits.backend is None)
+
+
+async def test_writes_survive_the_end_of_the_connection_that_flushes(
+    cluster: Cluster, make_pool: MakePool, client: MongoClient[Document]
+) -> None:
+    async with make_pool(20) as pool:
+        await lines(pool)
+        for _ in range(5):
+            flusher = pool._commits.backend
+            assert flusher is not None
+            writes = [asyncio.ensure_future(pool.writes.share(increment(number))) for number in range(50)]
+            await asyncio.sleep(0)
+            await asyncio.to_thread(cluster.psql, f"select pg_terminate_backend({flusher.pid})")
+            assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 50
+            await wait_until(lambda: flusher is not pool._commits.backend)  # noqa: B023 - called at once
+            await lines(pool)
+    assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [5] * 50
 
 
 def test_commits_without_a_flush(cluster: Cluster) -> None:

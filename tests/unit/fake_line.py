@@ -61,18 +61,21 @@ class Loop:
 class Result:
     """A result of libpq."""
 
-    def __init__(self, status: pq.ExecStatus, row: Row = (), sqlstate: bytes = b"") -> None:
+    def __init__(self, status: pq.ExecStatus, row: Row = (), sqlstate: bytes = b"", severity: bytes = b"") -> None:
         self.status = int(status)
         self.nfields = len(row)
         self.ntuples = 1
         self._row = row
         self._sqlstate = sqlstate
+        self._severity = severity
 
     def get_value(self, _row: int, column: int) -> bytes | None:
         return self._row[column]
 
     def error_field(self, field: pq.DiagnosticField) -> bytes:
-        return self._sqlstate if field == pq.DiagnosticField.SQLSTATE else b"ERROR"
+        if field == pq.DiagnosticField.SQLSTATE:
+            return self._sqlstate
+        return self._severity if field == pq.DiagnosticField.SEVERITY_NONLOCALIZED else b"message"
 
 
 class Server:
@@ -123,9 +126,9 @@ def row(*columns: bytes | None) -> Result:
     return Result(pq.ExecStatus.TUPLES_OK, columns)
 
 
-def refusal(sqlstate: bytes) -> Result:
+def refusal(sqlstate: bytes, severity: bytes = b"ERROR") -> Result:
     """An error."""
-    return Result(pq.ExecStatus.FATAL_ERROR, sqlstate=sqlstate)
+    return Result(pq.ExecStatus.FATAL_ERROR, sqlstate=sqlstate, severity=severity)
 
 
 def sync() -> Result:

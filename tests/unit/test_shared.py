@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from pg_ferret.engine.calls import GET_MORE
-from pg_ferret.engine.lines import Shared
+from pg_ferret.engine.lines import Owner, Shared
 from pg_ferret.engine.pipeline import Row
-from pg_ferret.engine.shared import STALL_SECONDS, Costs, Owner, Reads, SharedLine
+from pg_ferret.engine.shared import STALL_SECONDS, Costs, Reads, SharedLine
 from tests.unit.fake_line import Loop, Server, row, sync
 
 _SHAPE = 1

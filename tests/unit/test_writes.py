@@ -10,12 +10,11 @@ import pytest
 
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import FLUSH_COMMITS, INSERT, LOCK_TIMEOUT, TRUE, Call
-from pg_ferret.engine.commits import Commits, Committed
-from pg_ferret.engine.lines import Shared
+from pg_ferret.engine.commits import Commits, Committed, unknown
+from pg_ferret.engine.lines import Owner, Shared
 from pg_ferret.engine.pipeline import Params, Row
-from pg_ferret.engine.shared import Owner
 from pg_ferret.engine.writes import STUCK_SECONDS, Room, Shapes, WriteLine, Writes
-from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.errors import CommandError, EngineError, EngineLostError
 from tests.unit.fake_line import Loop, Server, refusal, row, sync
 
 _SHAPE = 1
@@ -50,6 +49,7 @@ class Stage:
             lambda _, done: self.committed.append(done),
             owner,
         )
+        self.line.begin()
         self.server.give(self.line, row(b"30"), sync())
 
     def _end(self, _: object) -> None:
@@ -85,6 +85,28 @@ def test_what_would_have_to_wait_is_made_elsewhere(stage: Stage, answer: Any) ->
     assert stage.line.takes(_SHAPE)
 
 
+def test_a_write_whose_commit_fails_is_not_made(stage: Stage) -> None:
+    waiter = stage.line.add(_WRITE)
+    stage.server.give(stage.line, row(*_DONE), refusal(b"23503"), sync())
+    assert isinstance(waiter.exception(), EngineError)
+    assert not stage.committed
+
+
+def test_a_line_is_late_only_for_as_many_as_wait(stage: Stage) -> None:
+    for _ in range(20):
+        stage.line.add(_WRITE)
+    stage.loop.run(0.01)
+    assert stage.line.takes(_SHAPE)
+    stage.loop.run(0.01)
+    assert not stage.line.takes(_SHAPE)
+
+
+def test_a_large_answer_ends_the_line_when_it_is_idle(stage: Stage) -> None:
+    stage.line.add(_WRITE)
+    stage.server.give(stage.line, row(bytes(2 << 20), b"\x01", b"12345678"), sync())
+    assert stage.line.swollen
+
+
 def test_another_error_of_a_statement_is_the_clients(stage: Stage) -> None:
     waiter = stage.line.add(_WRITE)
     stage.server.give(stage.line, write_error(11000), sync())
@@ -101,7 +123,7 @@ def test_a_statement_that_is_not_prepared_ends_the_line(stage: Stage) -> None:
 
 def test_slow_writes_stay_away_for_a_while(stage: Stage) -> None:
     stage.line.add(_WRITE)
-    stage.loop.run(0.03)
+    stage.loop.run(0.06)
     assert not stage.line.takes(_SHAPE)  # it is late
     stage.server.give(stage.line, row(*_DONE), sync())
     assert not stage.line.takes(_SHAPE)
@@ -138,11 +160,12 @@ def test_a_line_that_moves_is_not_cancelled(stage: Stage) -> None:
 
 def test_a_lost_connection_fails_all_that_wait(stage: Stage) -> None:
     waiters = [stage.line.add(_WRITE) for _ in range(2)]
-    stage.server.give(stage.line, row(*_DONE), sync(), refusal(b""))
-    stage.line.drop()
+    stage.server.give(stage.line, row(*_DONE), sync(), refusal(b"57P01", b"FATAL"))
     assert len(stage.committed) == 1
     assert isinstance(waiters[1].exception(), EngineLostError)
     assert stage.ended == 1
+    assert not stage.line.takes(_SHAPE)
+    assert isinstance(stage.line.add(_WRITE).exception(), EngineLostError)
 
 
 def test_who_leaves_finishes_first(stage: Stage) -> None:
@@ -180,6 +203,7 @@ class Pool:
 def test_a_write_shares_only_among_others(stage: Stage) -> None:
     pool = Pool(stage)
     pool.writes.add(cast(Any, stage.server))
+    stage.server.give(stage.line, row(b"30"), sync())
     assert asyncio.isfuture(pool.writes.share(_WRITE))
     assert pool.wanted == 0
     assert asyncio.isfuture(pool.writes.share(_WRITE))
@@ -192,6 +216,7 @@ def test_a_write_shares_only_among_others(stage: Stage) -> None:
 def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
     pool = Pool(stage)
     pool.writes.add(cast(Any, stage.server))
+    stage.server.give(stage.line, row(b"30"), sync())
     other = _WRITE._replace(shape=2)
     asyncio.run(cast(Any, pool.writes.share(other)))
     assert pool.apart == [other.params]
@@ -249,16 +274,43 @@ def test_a_flush_that_is_refused_fails_its_writes(flushes: Flushes) -> None:
     assert error.sqlstate == "57P02"
 
 
-def test_when_the_connection_is_lost_another_one_flushes(flushes: Flushes) -> None:
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_when_a_connection_cannot_flush_another_one_does(flushes: Flushes, cancelled: bool) -> None:
     waiter = flushes.add()
     flushes.loop.run()
-    flushes.backend.drop()
-    flushes.loop.run()
+    if cancelled:
+        flushes.answer(refusal(b"57014"))
+    else:
+        flushes.backend.drop()
+        flushes.loop.run()
     (committed,) = flushes.elsewhere
-    assert committed.incarnation == b"12345678"
+    assert (committed.incarnation, flushes.commits.pending) == (b"12345678", 0)
     assert not waiter.done()
     committed.tell(None)
     assert waiter.result()[0] == b"reply"
+
+
+def test_whether_a_write_was_made_is_unknown_if_it_was_not_flushed() -> None:
+    assert isinstance(unknown(CommandError(262, "no connection"))(), EngineLostError)
+    assert isinstance(unknown(EngineError("57014", "cancelled"))(), EngineLostError)
+    assert isinstance(unknown(EngineError("57P02", "restarted"))(), EngineError)
+
+
+def test_a_cancelled_write_waits_for_no_flush(flushes: Flushes) -> None:
+    committed: list[Row] = []
+    server = Server()
+    backend = Backend(
+        cast(Any, server),
+        cast(Any, flushes.loop),
+        lambda _: None,
+        lambda _: None,
+        lambda _, done: committed.append(done),
+    )
+    ended = backend.execute(INSERT, _WRITE.params)
+    backend.held = True
+    server.give(backend, row(*_DONE), sync())
+    assert ended.done()
+    assert not committed
 
 
 def test_a_restarted_server_is_not_asked_for_what_came_before(flushes: Flushes) -> None:

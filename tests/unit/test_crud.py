@@ -1,0 +1,117 @@
+"""Which writes may stand in line with others: those of one small document that is found by its _id."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Awaitable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from bson import Binary, Int64, ObjectId, Regex, encode
+
+import pg_ferret.commands  # noqa: F401  (fills the registry)
+from pg_ferret.engine.calls import TRUE, Call
+from pg_ferret.engine.lines import Shared
+from pg_ferret.engine.pipeline import Params, Row
+from pg_ferret.errors import CommandError
+from pg_ferret.registry import COMMANDS
+from pg_ferret.wire.message import parse
+
+Document = dict[str, Any]
+
+
+class Engine:
+    """A pool that remembers which way writes took."""
+
+    def __init__(self) -> None:
+        self.writes = self
+        self.shared: list[Shared] = []
+        self.apart: list[Params] = []
+
+    def share(self, write: Shared) -> Awaitable[Row]:
+        self.shared.append(write)
+        return self._done()
+
+    def write(self, _: Call, params: Params) -> Awaitable[Row]:
+        self.apart.append(params)
+        return self._done()
+
+    async def _done(self) -> Row:
+        return encode({"n": 1, "ok": 1.0}), b"\x01", None
+
+
+def run(command: Document, *sequences: tuple[str, bytes]) -> Engine:
+    """What the pool is asked for."""
+    body = b"\0" + encode(command | {"$db": "db"})
+    for name, data in sequences:
+        section = name.encode() + b"\0" + data
+        body += b"\x01" + struct.pack("<i", 4 + len(section)) + section
+    request = parse(struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body)
+    engine = Engine()
+    client = SimpleNamespace(services=SimpleNamespace(engine=engine))
+    asyncio.run(cast(Any, COMMANDS[request.name].handler(request, cast(Any, client))))
+    return engine
+
+
+def statement(query: object, **more: object) -> bytes:
+    return encode({"q": query, "u": {"$set": {"a": 1}}, **more})
+
+
+@pytest.mark.parametrize("key", [1, Int64(1), 1.5, "x", ObjectId(), Binary(b"b", 0), True])
+def test_a_change_of_one_document_shares(key: object) -> None:
+    for engine in (
+        run({"update": "c"}, ("updates", statement({"_id": key}))),
+        run({"delete": "c"}, ("deletes", encode({"q": {"_id": key}, "limit": 1}))),
+        run({"findAndModify": "c", "query": {"_id": key}, "remove": True}),
+    ):
+        (write,) = engine.shared
+        assert write.params[-1] == TRUE
+        assert write.namespace == b"db.c"
+        assert not engine.apart
+
+
+def test_a_small_document_shares() -> None:
+    assert run({"insert": "c"}, ("documents", encode({"a": 1}))).shared
+    assert run({"insert": "c"}, ("documents", encode({}))).shared
+
+
+@pytest.mark.parametrize(
+    ("command", "sequences"),
+    [
+        ({"insert": "c"}, [("documents", encode({"a": 1}) + encode({"a": 2}))]),
+        ({"insert": "c"}, [("documents", encode({"a": "x" * 5000}))]),
+        ({"insert": "c", "maxTimeMS": 10}, [("documents", encode({"a": 1}))]),
+        ({"insert": "c", "comment": "x" * 5000}, [("documents", encode({"a": 1}))]),
+        ({"insert": "c", "documents": [{"a": 1}]}, []),
+        ({"update": "c"}, [("updates", statement({"a": 1}))]),
+        ({"update": "c"}, [("updates", statement({}))]),
+        ({"update": "c"}, [("updates", statement({"_id": {"$gt": 1}}))]),
+        ({"update": "c"}, [("updates", statement({"_id": Regex("x")}))]),
+        ({"update": "c"}, [("updates", statement({"_id": [1, 2]}))]),
+        ({"update": "c"}, [("updates", statement({"_idx": 1}))]),
+        ({"update": "c"}, [("updates", statement({"_id": 1}) * 2)]),
+        ({"update": "c"}, [("updates", encode({"q": {}}))]),
+        ({"delete": "c"}, [("deletes", encode({"q": {"a": 1}, "limit": 0}))]),
+        ({"findAndModify": "c", "query": {"a": 1}, "remove": True}, []),
+        ({"findAndModify": "c", "query": {}, "remove": True}, []),
+        ({"findAndModify": "c", "remove": True}, []),
+        ({"findAndModify": "c", "query": {"_id": 1}, "remove": True, "maxTimeMS": 5}, []),
+        ({"findAndModify": "c", "query": {"_id": "x"}, "remove": True, "collation": {"locale": "en"}}, []),
+    ],
+)
+def test_everything_else_is_made_apart(command: Document, sequences: list[tuple[str, bytes]]) -> None:
+    engine = run(command, *sequences)
+    assert not engine.shared
+    assert len(engine.apart) == 1
+
+
+@pytest.mark.parametrize("size", range(16))
+def test_a_broken_statement_is_left_to_the_engine(size: int) -> None:
+    assert run({"update": "c"}, ("updates", statement({"_id": 1})[:size])).apart
+
+
+def test_a_collection_without_a_name_is_refused() -> None:
+    with pytest.raises(CommandError, match="Invalid namespace"):
+        run({"insert": ""}, ("documents", encode({"a": 1})))
