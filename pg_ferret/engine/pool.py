@@ -396,9 +396,9 @@ class Pool:
                 self._spawn(self._recover(backend, request))
 
     def _wait(self, call: Call, params: Params, timeout_ms: bytes | None, *, first: bool = False) -> _Request:
-        """Have a call made on the next connection that comes free; the ``first`` one before others, however late."""
+        """Have a call made on the next connection that comes free; the ``first`` one before others."""
         seconds = self._limits.wait_seconds if self._open else _INSTALLING_SECONDS
-        deadline = math.inf if seconds is None or first else self._loop.time() + seconds
+        deadline = math.inf if seconds is None else self._loop.time() + seconds
         request = _Request(call, params, timeout_ms, self._loop.create_future(), deadline)
         if first:
             self._waiting.appendleft(request)

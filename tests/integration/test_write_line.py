@@ -18,8 +18,8 @@ from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
-from pg_ferret.errors import EngineError
-from tests.integration.conftest import configuration
+from pg_ferret.errors import EngineError, EngineLostError
+from tests.integration.conftest import NewCluster, configuration
 from tests.integration.pools import PATIENCE_SECONDS, MakePool, active, opened_pool, table_of, wait_until
 
 Document = dict[str, Any]
@@ -159,6 +159,42 @@ async def test_writes_survive_the_end_of_the_connection_that_flushes(
             await wait_until(lambda: flusher is not pool._commits.backend)  # noqa: B023 - called at once
             await lines(pool)
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [5] * 50
+
+
+async def test_what_is_acknowledged_survives_a_crash(new_cluster: NewCluster) -> None:
+    # PostgreSQL flushes by itself only after ten seconds: what nobody asked for is lost.
+    cluster = new_cluster(wal_writer_delay="10s", wal_writer_flush_after="1GB")
+    acknowledged: set[str] = set()
+    crashed = asyncio.Event()
+
+    async def write(pool: Pool, writer: int) -> None:
+        number = 0
+        body = encode({"insert": "w", "ordered": True, "$db": "line"})
+        while not crashed.is_set():
+            key = f"{writer}-{number}"
+            number += 1
+            params = (b"line", body, encode({"_id": key}), calls.TRUE)
+            try:
+                await pool.writes.share(Shared(calls.INSERT, params, b"line.w", _SHAPE))
+            except (EngineError, EngineLostError):
+                break
+            acknowledged.add(key)
+
+    with MongoClient[Document](cluster.uri) as client:
+        client.line.w.insert_one({"_id": "first"})
+    async with opened_pool(cluster, 30) as pool:
+        writers = asyncio.gather(*[write(pool, writer) for writer in range(32)])
+        await wait_until(lambda: len(acknowledged) > 3000)
+        assert pool.writes.all
+        await asyncio.to_thread(cluster.stop, "immediate")
+        crashed.set()
+        # Those who have not been answered are not answered by a server that knows nothing of them.
+        await asyncio.to_thread(cluster.start)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await writers
+    with MongoClient[Document](cluster.uri) as client:
+        there = {row["_id"] for row in client.line.w.find()}
+    assert not acknowledged - there
 
 
 def test_commits_without_a_flush(cluster: Cluster) -> None:
