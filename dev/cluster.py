@@ -11,6 +11,7 @@ import asyncio
 import csv
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ DATABASE = "postgres"
 _SOCKET_DIR_MAX = 107 - 21
 # How psql shall show NULL, to tell it from an empty text.
 _NULL = "\\N"
+_ZOMBIE = "Z"
 _START_SECONDS = 60
 _HEADER = struct.Struct("<iiii")
 
@@ -163,12 +165,18 @@ class Cluster:
     @property
     def pid(self) -> int | None:
         """The postmaster's process id; None if it does not run."""
+        pid, state = self._postmaster()
+        return None if state == _ZOMBIE else pid
+
+    def _postmaster(self) -> tuple[int | None, str]:
+        """Its process id, None if there is none, and its state as in /proc."""
         try:
             pid = int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
-            command = Path(f"/proc/{pid}/comm").read_text()
-        except (FileNotFoundError, ValueError):
-            return None
-        return pid if command.startswith("postgres") else None
+            # "PID (comm) state …"
+            _, command, rest = re.split(r" \(|\) ", Path(f"/proc/{pid}/stat").read_text(), maxsplit=2)
+        except (FileNotFoundError, ProcessLookupError, ValueError):
+            return None, ""
+        return (pid, rest[0]) if command.startswith("postgres") else (None, "")
 
     def init(self) -> None:
         """Make the data directory; does nothing if there is one."""
@@ -206,6 +214,8 @@ class Cluster:
         self.init()
         self._write_settings()
         before = len(self.log)
+        # One that was killed is there until its parent has seen it, and PostgreSQL takes it for alive.
+        wait_for(lambda: self._postmaster()[1] != _ZOMBIE, _START_SECONDS, "the end of the postmaster that was killed")
         try:
             self._control("start", "-w", "-t", str(_START_SECONDS), "-l", str(self.log_file))
         except ClusterError as error:

@@ -48,6 +48,8 @@ def conninfo(config: Config) -> str:
         # A client's mistake is answered to the client; what is the engine's fault the gateway logs itself, without
         # the error's CONTEXT, which can hold anything.  LOG lines (slow statements, auto_explain) still come.
         "log_min_messages": "log",
+        # The engine logs much of what it does, and beside each line the statement: always the same few.
+        "log_min_error_statement": "panic",
         # A worker that was killed cannot cancel its queries: PostgreSQL looks after them itself.
         "client_connection_check_interval": "2s",
         # Parameters are documents, and context can hold anything: neither belongs into a log, whatever is logged there.

@@ -41,6 +41,7 @@ _GIVEN_BACK_SECONDS = 1.0
 _CLOSE_SECONDS = 0.5
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
 _INSTALLING_SECONDS = 5.0
+_SHORTAGE_LOG_SECONDS = 5.0
 # How often somebody looks after the requests that wait for a connection.
 _LOOK_SECONDS = 0.05
 # A page takes PostgreSQL ten times a point read's time: two of its processes keep two cores busy, as many as there are
@@ -97,6 +98,7 @@ class Pool:
         self._idle: list[Backend] = []
         self._all: set[Backend] = set()
         self._waiting: deque[_Request] = deque()
+        self._shortage_told = -math.inf
         self._watching = False  # whether anybody looks after those who wait
         self._growing = 0
         self._reachable = True
@@ -114,7 +116,7 @@ class Pool:
         self.finds = reads(FIND)
         self.get_mores = reads(GET_MORE)
         make = partial(WriteLine, loop=self._loop, shapes=shapes, committed=self._commits.add, owner=owner)
-        self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._want))
+        self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._has_room, self._want))
         self._crowd = False  # whether writes share
         self._sharing = 0  # connections that are lines
         self._wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
@@ -424,11 +426,23 @@ class Pool:
                 # ExceededTimeLimit is in the drivers' list of retryable errors.
                 text = "no PostgreSQL connection came free in time (ferretdb.query_wait_timeout)"
                 request.waiter.set_exception(CommandError(262, text))
+                self._tell_shortage(now)
             else:
                 request.waiter.set_exception(CommandError(6, EXTENSION_MISSING))
         self._watching = bool(waiting)
         if waiting:
             self._loop.call_later(_LOOK_SECONDS, self._look_after_waiting)
+
+    def _tell_shortage(self, now: float) -> None:
+        if now - self._shortage_told < _SHORTAGE_LOG_SECONDS:
+            return
+        self._shortage_told = now
+        text = (
+            f"no PostgreSQL connection came free within ferretdb.query_wait_timeout:"
+            f" {self.in_use} of {self.size} busy, {self.waiting} requests wait"
+        )
+        _log.warning(text, hint="long queries, or locks? see pg_stat_activity; ferretdb.pool_max_conns")
+        self._trouble(text)
 
     def _release(self, backend: Backend) -> None:
         """A connection has come free."""

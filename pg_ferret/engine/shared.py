@@ -34,23 +34,27 @@ _MOST_SHAPES = 10_000
 class Costs:
     """Which shapes of reads have been cheap lately."""
 
-    __slots__ = ("_cheap",)
+    __slots__ = ("_cheap", "_slow")
 
     def __init__(self) -> None:
         self._cheap: set[int] = set()
+        self._slow: set[int] = set()
 
     def cheap(self, shape: int) -> bool:
         """Whether the last read of this shape was cheap; one that was never seen is not."""
         return shape in self._cheap
 
+    def slow(self, shape: int) -> bool:
+        """Whether the last read of this shape was not cheap."""
+        return shape in self._slow
+
     def note(self, shape: int, seconds: float) -> None:
         """A read of this shape has taken so long."""
-        if seconds > CHEAP_SECONDS:
-            self._cheap.discard(shape)
-        elif shape not in self._cheap:
-            if len(self._cheap) >= _MOST_SHAPES:
-                self._cheap.clear()
-            self._cheap.add(shape)
+        now, before = (self._slow, self._cheap) if seconds > CHEAP_SECONDS else (self._cheap, self._slow)
+        before.discard(shape)
+        if len(now) >= _MOST_SHAPES:
+            now.clear()
+        now.add(shape)
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]
@@ -92,6 +96,10 @@ class SharedLine(Line):
         if read.call is not self._call or not self._costs.cheap(read.shape) or len(self._filling) >= _MOST_WAITING:
             return False
         return not self._batches or self._loop.time() <= self._late
+
+    def may_take(self, read: Shared) -> bool:
+        """Whether a read may join if there is no other way, though we are late, or it may be slow."""
+        return read.call is self._call and len(self._filling) < _MOST_WAITING and not self._costs.slow(read.shape)
 
     @property
     def waiting(self) -> int:
@@ -265,9 +273,11 @@ class Reads(Lines[SharedLine]):
         if (only := self._only) is not None and only.takes(read):
             return only.add(read)
         line = min((line for line in self.all if line.takes(read)), key=_waiting, default=None)
-        if line is None or (line.waiting and self.due and self._free()):
-            return self._measured(self, read)
-        return line.add(read)
+        if line is None and not self._free():
+            line = min((line for line in self.all if line.may_take(read)), key=_waiting, default=None)
+        elif line is not None and line.waiting and self.due and self._free():
+            line = None
+        return self._measured(self, read) if line is None else line.add(read)
 
     def _changed(self) -> None:
         self._only = self.all[0] if len(self.all) == self._most == 1 else None

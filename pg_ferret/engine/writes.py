@@ -149,6 +149,11 @@ class WriteLine(Line):
         return not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS
 
     @property
+    def open(self) -> bool:
+        """Whether a write may join if there is no other way, though it may be slow, or we are late."""
+        return not (self._leaving or self.lost) and len(self._queue) < _MOST_WAITING
+
+    @property
     def waiting(self) -> int:
         return len(self._queue)
 
@@ -292,18 +297,19 @@ class Room(NamedTuple):
     crowded: Callable[[], bool]  # whether so many requests are under way that writes share
     alone: Callable[[Call, Params], Awaitable[Row]]  # make a write, which waits for its own commit; without the flag
     apart: Callable[[Call, Params], Awaitable[Row]]  # make a write on a connection of its own
+    free: Callable[[], bool]  # whether there is such a connection, or may be
     want: Callable[[Writes], None]  # have another connection become a line
 
 
 class Writes(Lines[WriteLine]):
     """All of them."""
 
-    __slots__ = ("_alone", "_apart", "_crowded", "_shapes", "_want")
+    __slots__ = ("_alone", "_apart", "_crowded", "_free", "_shapes", "_want")
 
     def __init__(self, make: Callable[[Session], WriteLine], shapes: Shapes, room: Room) -> None:
         super().__init__(make)
         self._shapes = shapes
-        self._crowded, self._alone, self._apart, self._want = room
+        self._crowded, self._alone, self._apart, self._free, self._want = room
 
     def add(self, connection: Session) -> None:
         super().add(connection)
@@ -322,6 +328,8 @@ class Writes(Lines[WriteLine]):
                 shortest = line
         if (shortest is None or shortest.waiting) and self.due:
             self._want(self)
+        if shortest is None and not self._free():
+            shortest = min((line for line in self.all if line.open), key=_waiting, default=None)
         if shortest is not None:
             return shortest.add(write)
         if self._shapes.known(write.shape):
@@ -333,3 +341,7 @@ class Writes(Lines[WriteLine]):
         row = await self._apart(write.call, write.params)
         self._shapes.note(write.shape, 0.0)
         return row
+
+
+def _waiting(line: WriteLine) -> int:
+    return line.waiting

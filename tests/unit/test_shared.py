@@ -27,7 +27,7 @@ class Stage:
         owner = Owner(
             lambda read, _: self.elsewhere.append(read), lambda _: None, lambda _, read: self.stalled.append(read)
         )
-        costs = Costs()
+        self.costs = costs = Costs()
         costs.note(_SHAPE, 0.0)
         self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), GET_MORE, costs, owner)
         self.reads = [Shared(GET_MORE, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
@@ -99,3 +99,22 @@ def test_a_second_line_is_no_reason_to_wait_for_a_connection(stage: Stage, free:
     else:
         assert asyncio.isfuture(read)
     assert stage.line.waiting == before + (not free)
+
+
+def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
+    measured: list[Shared] = []
+
+    async def measure(_: Reads, read: Shared) -> Row:
+        measured.append(read)
+        return ()
+
+    lines = Reads(GET_MORE, lambda _: stage.line, measure, lambda: False)
+    lines.allot(1)
+    lines.add(cast(Any, stage.server))
+    unknown, slow = (stage.reads[0]._replace(shape=shape) for shape in (2, 3))
+    stage.costs.note(slow.shape, 1.0)
+    stage.loop.run(STALL_SECONDS * 0.9)  # late
+    assert asyncio.isfuture(lines.share(stage.reads[0]))
+    assert asyncio.isfuture(lines.share(unknown))
+    asyncio.run(cast(Any, lines.share(slow)))
+    assert measured == [slow]

@@ -184,7 +184,8 @@ class Pool:
         self.alone: list[Params] = []
         self.apart: list[Params] = []
         self.wanted = 0
-        room = Room(lambda: self.is_crowded, self._alone, self._apart, self._want)
+        self.is_free = True
+        room = Room(lambda: self.is_crowded, self._alone, self._apart, lambda: self.is_free, self._want)
         self.writes = Writes(lambda _: stage.line, stage.shapes, room)
         self.writes.allot(2)
 
@@ -221,6 +222,18 @@ def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
     asyncio.run(cast(Any, pool.writes.share(other)))
     assert pool.apart == [other.params]
     assert asyncio.isfuture(pool.writes.share(other))
+
+
+def test_a_write_shares_if_there_is_no_other_way(stage: Stage) -> None:
+    pool = Pool(stage)
+    pool.is_free = False
+    other = _WRITE._replace(shape=2)
+    asyncio.run(cast(Any, pool.writes.share(other)))  # not even a line
+    assert pool.apart == [other.params]
+    pool.writes.add(cast(Any, stage.server))
+    stage.loop.run(0.1)  # it is late, too
+    assert asyncio.isfuture(pool.writes.share(_WRITE))
+    assert asyncio.isfuture(pool.writes.share(_WRITE._replace(shape=3)))
 
 
 class Flushes:
