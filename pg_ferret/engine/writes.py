@@ -211,6 +211,8 @@ class WriteLine(Line):
         now = self._loop.time()
         if now - self._since > slow:
             self._shapes.note(write.shape, now + _BANNED_SECONDS)
+        elif not self._shapes.known(write.shape):  # it had no other way than to join
+            self._shapes.note(write.shape, now)
         self._since = now
         if not self._queue:
             self.busy = False

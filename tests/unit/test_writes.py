@@ -234,6 +234,8 @@ def test_a_write_shares_if_there_is_no_other_way(stage: Stage) -> None:
     stage.loop.run(0.1)  # it is late, too
     assert asyncio.isfuture(pool.writes.share(_WRITE))
     assert asyncio.isfuture(pool.writes.share(_WRITE._replace(shape=3)))
+    stage.server.give(stage.line, row(b"30"), sync(), row(*_DONE), sync(), row(*_DONE), sync())
+    assert stage.line.takes(3)
 
 
 class Flushes:
