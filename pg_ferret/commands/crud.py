@@ -188,7 +188,12 @@ def _single(sequence: memoryview, statements: bytes, size: int) -> bool:
     head = bytes(sequence[:16])  # {q: {_id: …
     if int.from_bytes(head[:4], "little") != len(sequence):
         return False
-    return statements == b"documents" or (head[4:7] == b"\x03q\0" and head[12:] == b"_id\0" and head[11] in _ID_TYPES)
+    return statements == b"documents" or (head[4:7] == b"\x03q\0" and _by_id(head, 7))
+
+
+def _by_id(data: bytes, at: int) -> bool:
+    """Whether the condition that begins there is first of all a value of the _id."""
+    return data[at + 5 : at + 9] == b"_id\0" and data[at + 4] in _ID_TYPES
 
 
 @command("findAndModify", "findandmodify", help="Updates or deletes one document and returns it.")
@@ -208,13 +213,7 @@ def _find_and_modify(request: Request, client: Client) -> Awaitable[Row]:
     engine = client.services.engine
     fields, frame = request.fields, request.frame
     kind, start, _ = fields.get(b"query", _NO_QUERY)
-    if (
-        kind == bson.DOCUMENT
-        and frame[start + 4] in _ID_TYPES
-        and frame[start + 5 : start + 9] == b"_id\0"
-        and len(frame) <= _SMALL_BYTES
-        and _NOT_ALONE.isdisjoint(fields)
-    ):
+    if kind == bson.DOCUMENT and _by_id(frame, start) and len(frame) <= _SMALL_BYTES and _NOT_ALONE.isdisjoint(fields):
         namespace = db + b"." + collection(request)
         write = Shared(calls.FIND_AND_MODIFY, (db, body, calls.TRUE), namespace, hash((b"findAndModify", namespace)))
         return engine.writes.share(write)

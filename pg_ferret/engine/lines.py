@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
+
+# How long a line may go without an answer while somebody waits for one.
+STALL_SECONDS = 0.1
 
 
 class Shared(NamedTuple):
@@ -22,9 +25,41 @@ class Shared(NamedTuple):
 
 
 class Line(Pipeline):
-    """One of the connections."""
+    """One of the connections, which is watched while anybody waits at it."""
 
-    __slots__ = ()
+    __slots__ = ("_seen", "_watched")
+
+    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
+        self._seen: object = None  # how far it was when it was last looked at
+        self._watched = False
+        super().__init__(conn, loop)
+
+    @abstractmethod
+    def _progress(self) -> object:
+        """Something that changes with each answer."""
+
+    @abstractmethod
+    def _stands_still(self) -> None:
+        """There has been no answer for `STALL_SECONDS`."""
+
+    def _be_watched(self) -> None:
+        """To be called when it has something to do."""
+        if not self._watched:
+            self._watched = True
+            self._look_again()
+
+    def _look_again(self) -> None:
+        self._seen = self._progress()
+        self._loop.call_later(STALL_SECONDS, self._watch)
+
+    def _watch(self) -> None:
+        """While anybody waits: does the line move?"""
+        if self.lost or not self.busy:
+            self._watched = False
+        elif not self.waiting or self._seen != self._progress():
+            self._look_again()
+        else:
+            self._stands_still()
 
     @property
     @abstractmethod
@@ -65,6 +100,11 @@ class Lines(Generic[AnyLine]):
         """Whether a connection may become one of them."""
         return not backend.swollen
 
+    @staticmethod
+    def shortest(lines: Iterable[AnyLine]) -> AnyLine | None:
+        """Of these the one where the fewest wait."""
+        return min(lines, key=_waiting, default=None)
+
     @property
     def due(self) -> bool:
         """Whether there may be another one."""
@@ -97,3 +137,7 @@ class Lines(Generic[AnyLine]):
 
     def _changed(self) -> None:
         """Their number or how many there may be is another."""
+
+
+def _waiting(line: Line) -> int:
+    return line.waiting

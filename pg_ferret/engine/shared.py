@@ -17,15 +17,13 @@ from psycopg import pq
 
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
-from pg_ferret.engine.lines import Line, Lines, Owner, Shared
+from pg_ferret.engine.lines import STALL_SECONDS, Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, PIPELINE_ABORTED, PIPELINE_SYNC, TUPLES_OK, Row, Session
 from pg_ferret.errors import EngineLostError
 
 # Seconds: what takes no longer is cheap; a line that stands still for longer, and as much for each read, takes nobody.
 CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
-# After so long those who wait are served elsewhere.
-STALL_SECONDS = 0.1
 _MOST_WAITING = 128
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
@@ -72,9 +70,7 @@ class SharedLine(Line):
         "_late",
         "_owner",
         "_scheduled",
-        "_seen",
         "_since",
-        "_watched",
     )
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, call: Call, costs: Costs, owner: Owner) -> None:
@@ -86,9 +82,7 @@ class SharedLine(Line):
         self._answered = 0  # reads of the oldest batch that have their answer
         self._since = 0.0  # when the server began with the oldest batch
         self._late = 0.0  # from then on it takes too long
-        self._seen = (0.0, 0)  # how far it was when it was last looked at: `_since` and `_answered`
         self._scheduled = False
-        self._watched = False
         super().__init__(conn, loop)
 
     def takes(self, read: Shared) -> bool:
@@ -127,9 +121,7 @@ class SharedLine(Line):
             return
         if not self._batches:
             self._begin(self._loop.time(), self._filling)
-        if not self._watched:
-            self._watched = True
-            self._look_again()
+        self._be_watched()
         self._batches.append(self._filling)
         self._filling = []
         self.busy = True
@@ -190,23 +182,16 @@ class SharedLine(Line):
         if self._call is None:
             self.retire()
 
-    def _watch(self) -> None:
-        """While anybody waits: does the line move?"""
-        if self.lost or not self._batches:
-            self._watched = False
-        elif not self.waiting or self._seen != (self._since, self._answered):
-            self._look_again()
-        else:
-            waiting = self._give_up()
-            first, _ = waiting[0]
-            self._costs.note(first.shape, STALL_SECONDS)
-            self._owner.stalled(self, first)
-            for one in waiting:
-                self._elsewhere(*one)
+    def _progress(self) -> object:
+        return self._since, self._answered
 
-    def _look_again(self) -> None:
-        self._seen = self._since, self._answered
-        self._loop.call_later(STALL_SECONDS, self._watch)
+    def _stands_still(self) -> None:
+        waiting = self._give_up()
+        first, _ = waiting[0]
+        self._costs.note(first.shape, STALL_SECONDS)
+        self._owner.stalled(self, first)
+        for one in waiting:
+            self._elsewhere(*one)
 
     def _elsewhere(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
         if not waiter.done():
@@ -272,16 +257,12 @@ class Reads(Lines[SharedLine]):
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
         if (only := self._only) is not None and only.takes(read):
             return only.add(read)
-        line = min((line for line in self.all if line.takes(read)), key=_waiting, default=None)
+        line = self.shortest(line for line in self.all if line.takes(read))
         if line is None and not self._free():
-            line = min((line for line in self.all if line.may_take(read)), key=_waiting, default=None)
+            line = self.shortest(line for line in self.all if line.may_take(read))
         elif line is not None and line.waiting and self.due and self._free():
             line = None
         return self._measured(self, read) if line is None else line.add(read)
 
     def _changed(self) -> None:
         self._only = self.all[0] if len(self.all) == self._most == 1 else None
-
-
-def _waiting(line: SharedLine) -> int:
-    return line.waiting

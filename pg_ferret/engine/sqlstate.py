@@ -60,6 +60,11 @@ def packed(code: int) -> str:
     return "".join(chr(((code >> (6 * index)) & 63) + 48) for index in range(5))
 
 
+def pack(sqlstate: str) -> int:
+    """The other way round."""
+    return sum((ord(letter) - 48 & 63) << (6 * index) for index, letter in enumerate(sqlstate))
+
+
 def translate(sqlstate: str, message: str) -> tuple[int, str]:
     """MongoDB's code and message of an error of the engine; InternalError keeps its message to the log."""
     if sqlstate[:1] == "M":

@@ -31,6 +31,7 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
+from pg_ferret.engine.sqlstate import pack
 from pg_ferret.errors import EngineError, EngineLostError
 
 # Seconds: a line whose first write takes longer takes nobody, and as much for each that waits: the loop has more to do
@@ -40,8 +41,7 @@ _EACH_SECONDS: Final = 0.0005
 # A write that takes longer is made elsewhere for so long, and so are those like it.
 _SLOW_SECONDS: Final = 0.05
 _BANNED_SECONDS: Final = 1.0
-# After so long the first write is cancelled, to be made elsewhere; if PostgreSQL does not heed, the line is given up.
-STUCK_SECONDS: Final = 0.1
+# A write that PostgreSQL does not end for so long though it is cancelled costs the line.
 _GIVEN_UP_SECONDS: Final = 5.0
 _CANCEL_SECONDS: Final = 5.0
 _MOST_WAITING: Final = 128
@@ -55,13 +55,8 @@ _CANCELLED: Final = "57014"
 _UNPREPARED: Final = "26000"
 
 
-def _in_write_error(sqlstate: str) -> bytes:
-    """How the engine puts an SQLSTATE into writeErrors: packed (elog.h, MAKE_SQLSTATE) as the code."""
-    packed = sum((ord(letter) - 48 & 63) << 6 * index for index, letter in enumerate(sqlstate))
-    return b"\x10code\0" + struct.pack("<i", packed)
-
-
-_WRITE_ERRORS: Final = (_in_write_error(_LOCKED), _in_write_error(_CANCELLED))
+# The same in the engine's writeErrors.
+_WRITE_ERRORS: Final = tuple(b"\x10code\0" + struct.pack("<i", pack(code)) for code in (_LOCKED, _CANCELLED))
 
 
 class Shapes:
@@ -102,12 +97,9 @@ class WriteLine(Line):
         "_owner",
         "_queue",
         "_row",
-        "_seen",
         "_shapes",
         "_since",
-        "_still",
         "_tasks",
-        "_watched",
     )
 
     def __init__(
@@ -126,9 +118,6 @@ class WriteLine(Line):
         self._row: Row | None = None
         self._error: Exception | None = None
         self._since = 0.0  # when the server began with the first one
-        self._seen = 0.0  # the same, when it was last looked at
-        self._still = 0.0  # for how long the line has stood still
-        self._watched = False
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         super().__init__(conn, loop)
@@ -172,9 +161,7 @@ class WriteLine(Line):
             self._since = self._loop.time()
             self.busy = True
             self.idle_ticks = 0
-            if not self._watched:
-                self._watched = True
-                self._look_again()
+            self._be_watched()
         queue.append(waiting)
         call = waiting.write.call
         try:
@@ -231,28 +218,21 @@ class WriteLine(Line):
         if self._leaving:
             self.retire()
 
-    def _watch(self) -> None:
-        """While anybody waits: does the line move?"""
-        if self.lost or not self._queue:
-            self._watched = False
-        elif self._seen != self._since:
-            self._look_again()
-        elif self._still < _GIVEN_UP_SECONDS:
+    def _progress(self) -> object:
+        return self._since
+
+    def _stands_still(self) -> None:
+        """Have the first write cancelled, again and again, and at last give up."""
+        if self._loop.time() - self._since <= _GIVEN_UP_SECONDS:
             if not self._tasks:
                 task = self._loop.create_task(self._cancel())
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-            self._still += STUCK_SECONDS
-            self._loop.call_later(STUCK_SECONDS, self._watch)
+            self._look_again()
         else:
             first = self._queue[0].write
             self._give_up()
             self._owner.stalled(self, first)
-
-    def _look_again(self) -> None:
-        self._seen = self._since
-        self._still = 0.0
-        self._loop.call_later(STUCK_SECONDS, self._watch)
 
     async def _cancel(self) -> None:
         """Whichever write the request meets is made elsewhere."""
@@ -324,14 +304,11 @@ class Writes(Lines[WriteLine]):
         """
         if not self._crowded():
             return self._alone(write.call, write.params[:-1])
-        shortest: WriteLine | None = None
-        for line in self.all:
-            if line.takes(write.shape) and (shortest is None or line.waiting < shortest.waiting):
-                shortest = line
+        shortest = self.shortest(line for line in self.all if line.takes(write.shape))
         if (shortest is None or shortest.waiting) and self.due:
             self._want(self)
         if shortest is None and not self._free():
-            shortest = min((line for line in self.all if line.open), key=_waiting, default=None)
+            shortest = self.shortest(line for line in self.all if line.open)
         if shortest is not None:
             return shortest.add(write)
         if self._shapes.known(write.shape):
@@ -343,7 +320,3 @@ class Writes(Lines[WriteLine]):
         row = await self._apart(write.call, write.params)
         self._shapes.note(write.shape, 0.0)
         return row
-
-
-def _waiting(line: WriteLine) -> int:
-    return line.waiting

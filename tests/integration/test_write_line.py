@@ -14,6 +14,7 @@ from pymongo import MongoClient
 
 from dev.cluster import Cluster
 from pg_ferret.engine import calls
+from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
@@ -52,6 +53,11 @@ async def lines(pool: Pool, count: int = 1) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while len(pool.writes.all) < count or pool.writes.busy or (count and pool._commits.backend is None):
             await asyncio.gather(*[pool.writes.share(increment(99)) for _ in range(20)])
+
+
+async def replaced(pool: Pool, flusher: Backend) -> None:
+    """Another connection, or none, is the one that flushes."""
+    await wait_until(lambda: flusher is not pool._commits.backend)
 
 
 async def in_line(pool: Pool, *numbers: int) -> list[asyncio.Future[Row]]:
@@ -156,7 +162,7 @@ async def test_writes_survive_the_end_of_the_connection_that_flushes(
             await asyncio.sleep(0)
             await asyncio.to_thread(cluster.psql, f"select pg_terminate_backend({flusher.pid})")
             assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 50
-            await wait_until(lambda: flusher is not pool._commits.backend)  # noqa: B023 - called at once
+            await replaced(pool, flusher)
             await lines(pool)
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [5] * 50
 

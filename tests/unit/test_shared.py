@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from pg_ferret.engine.calls import GET_MORE
-from pg_ferret.engine.lines import Owner, Shared
+from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import Row
-from pg_ferret.engine.shared import STALL_SECONDS, Costs, Reads, SharedLine
+from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from tests.unit.fake_line import Loop, Server, row, sync
 
 _SHAPE = 1
@@ -38,6 +38,20 @@ class Stage:
 @pytest.fixture
 def stage() -> Stage:
     return Stage()
+
+
+def reads(stage: Stage, most: int, *, free: bool) -> tuple[Reads, list[Shared]]:
+    """The line as one of so many, and the reads that are measured on connections of their own instead."""
+    measured: list[Shared] = []
+
+    async def measure(_: Reads, read: Shared) -> Row:
+        measured.append(read)
+        return ()
+
+    lines = Reads(GET_MORE, lambda _: stage.line, measure, lambda: free)
+    lines.allot(most)
+    lines.add(cast(Any, stage.server))
+    return lines, measured
 
 
 def answer(stage: Stage, count: int, *, end: bool = False) -> None:
@@ -81,15 +95,7 @@ def test_an_answered_batch_whose_end_is_late_is_no_stall(stage: Stage) -> None:
 
 @pytest.mark.parametrize("free", [True, False])
 def test_a_second_line_is_no_reason_to_wait_for_a_connection(stage: Stage, free: bool) -> None:
-    measured: list[Shared] = []
-
-    async def measure(_: Reads, read: Shared) -> Row:
-        measured.append(read)
-        return ()
-
-    lines = Reads(GET_MORE, lambda _: stage.line, measure, lambda: free)
-    lines.allot(2)
-    lines.add(cast(Any, stage.server))
+    lines, measured = reads(stage, 2, free=free)
     before = stage.line.waiting
     read = lines.share(stage.reads[0])
     if free:
@@ -102,15 +108,7 @@ def test_a_second_line_is_no_reason_to_wait_for_a_connection(stage: Stage, free:
 
 
 def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
-    measured: list[Shared] = []
-
-    async def measure(_: Reads, read: Shared) -> Row:
-        measured.append(read)
-        return ()
-
-    lines = Reads(GET_MORE, lambda _: stage.line, measure, lambda: False)
-    lines.allot(1)
-    lines.add(cast(Any, stage.server))
+    lines, measured = reads(stage, 1, free=False)
     unknown, slow = (stage.reads[0]._replace(shape=shape) for shape in (2, 3))
     stage.costs.note(slow.shape, 1.0)
     stage.loop.run(STALL_SECONDS * 0.9)  # late

@@ -11,9 +11,9 @@ import pytest
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import FLUSH_COMMITS, INSERT, LOCK_TIMEOUT, TRUE, Call
 from pg_ferret.engine.commits import Commits, Committed, unknown
-from pg_ferret.engine.lines import Owner, Shared
+from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import Params, Row
-from pg_ferret.engine.writes import STUCK_SECONDS, Room, Shapes, WriteLine, Writes
+from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
 from tests.unit.fake_line import Loop, Server, refusal, row, sync
 
@@ -134,14 +134,14 @@ def test_slow_writes_stay_away_for_a_while(stage: Stage) -> None:
 
 def test_a_stuck_write_is_cancelled_and_at_last_given_up(stage: Stage) -> None:
     waiters = [stage.line.add(_WRITE) for _ in range(2)]
-    stage.loop.run(STUCK_SECONDS)
+    stage.loop.run(STALL_SECONDS)
     assert stage.server.cancelled == 1
     stage.server.give(stage.line, refusal(b"57014"), sync())
     assert stage.elsewhere == [_WRITE]
-    stage.loop.run(STUCK_SECONDS)
+    stage.loop.run(STALL_SECONDS)
     assert not stage.stalled
     for _ in range(60):
-        stage.loop.run(STUCK_SECONDS)
+        stage.loop.run(STALL_SECONDS)
     assert stage.stalled == [_WRITE]
     assert stage.line.lost
     assert isinstance(waiters[1].exception(), EngineLostError)
@@ -152,9 +152,9 @@ def test_a_line_that_moves_is_not_cancelled(stage: Stage) -> None:
     for _ in range(3):
         stage.line.add(_WRITE)
     for _ in range(2):
-        stage.loop.run(STUCK_SECONDS * 0.9)
+        stage.loop.run(STALL_SECONDS * 0.9)
         stage.server.give(stage.line, row(*_DONE), sync())
-        stage.loop.run(STUCK_SECONDS * 0.2)
+        stage.loop.run(STALL_SECONDS * 0.2)
     assert stage.server.cancelled == 0
 
 
