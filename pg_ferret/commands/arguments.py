@@ -89,9 +89,12 @@ def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryvie
     return bson.document(body[4:-1], *arrays)
 
 
-def unchanged(request: Request) -> bool:
-    """Whether the engine can be given the command document as it came, apart from document sequences."""
-    return _NOT_FOR_THE_ENGINE.isdisjoint(request.fields)
+def as_it_came(request: Request) -> slice | None:
+    """Where the frame has what the engine can be given as it came, apart from document sequences; None: see `spec`.
+
+    The same for all requests of a shape.
+    """
+    return slice(request.start, request.end) if _NOT_FOR_THE_ENGINE.isdisjoint(request.fields) else None
 
 
 def timeout(request: Request) -> bytes | None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import NamedTuple
 
 from pg_ferret.commands import write_errors
-from pg_ferret.commands.arguments import Namespace, collection, database, session, spec, unchanged
+from pg_ferret.commands.arguments import Namespace, as_it_came, collection, database, session, spec
 from pg_ferret.engine import calls
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
@@ -32,7 +32,11 @@ _SMALL_BYTES = 4096
 _ID_TYPES = frozenset(
     (bson.DOUBLE, bson.STRING, bson.BINARY, bson.OBJECT_ID, bson.BOOL, bson.DATE, bson.INT32, bson.INT64)
 )
-_NO_QUERY = (0, 0, 0)
+_NO_FIELD = (0, 0, 0)
+# Of a statement that finds its document by _id: {q: {_id: …
+_STATEMENT_HEAD_BYTES = 16
+# Of an array: its first item, a document.
+_FIRST_ITEM = b"\x030\0"
 # They leave a time limit behind, or have several documents of the same _id.
 _NOT_ALONE = frozenset((b"maxTimeMS", b"collation"))
 
@@ -56,8 +60,10 @@ class _Find(NamedTuple):
 
     db: bytes
     namespace: Namespace
-    rewritten: bool  # the engine must not see it as it came
-    filter: bson.Span | None  # of a read that may share a connection
+    body: slice | None  # `as_it_came`
+    filter: bson.Span | None  # of a read that may share a connection if its result is one page
+    whole: bool  # it is
+    limit: bson.Span
 
 
 @command("find", help="Returns the documents that match a filter.")
@@ -69,17 +75,20 @@ async def find(request: Request, client: Client) -> bytes:
         # A flag that is a number may be another one in the next request of the shape.
         if memo is not None and all(request.fields[name][0] == bson.BOOL for name in _FLAGS & request.fields.keys()):
             memo["find"] = known
-    db, named, rewritten, span = known
+    db, named, place, span, whole, limit = known
     namespace = named.read(request)
     frame = request.frame
-    body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
-    if span is None:
+    body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
+    if span is None or not (whole or _by_id(frame, span[1]) or bson.read_int(frame, limit) == 1):
         return _page(await client.services.engine.call(calls.FIND, (db, body)), namespace, request, client)
     # Of about the same cost: the same first condition by name and type, about the same length.
     _, start, end = span
     first = start + 4  # its type; in an empty filter the NUL at the end
     shape = hash((namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5))
-    page = (await client.services.engine.finds.share(Shared(calls.FIND, (db, body), namespace, shape)))[0]
+    row = await client.services.engine.finds.share(Shared(calls.FIND, (db, body), namespace, shape))
+    if row[1] is not None:  # a view may have several documents of the same _id
+        return _page(row, namespace, request, client)
+    page = row[0]
     assert page is not None
     return page
 
@@ -90,11 +99,17 @@ def _look_at(request: Request) -> _Find:
     db = database(request)
     fields = request.fields
     span = fields.get(b"filter")
-    # It must leave nothing behind on the connection: no cursor and no time limit.
-    shares = (
-        request.true(b"singleBatch") and _ALONE.isdisjoint(fields) and span is not None and span[0] == bson.DOCUMENT
-    )
-    return _Find(db, Namespace.of(request), not unchanged(request), span if shares else None)
+    whole = request.true(b"singleBatch")
+    # It must leave nothing behind on the connection, no cursor and no time limit.  What finds one document at most
+    # leaves a cursor only if it asks for none to begin with.
+    if (
+        not _ALONE.isdisjoint(fields)
+        or span is None
+        or span[0] != bson.DOCUMENT
+        or (b"batchSize" in fields and not whole)
+    ):
+        span = None
+    return _Find(db, Namespace.of(request), as_it_came(request), span, whole, fields.get(b"limit", _NO_FIELD))
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")
@@ -143,7 +158,7 @@ class _Write(NamedTuple):
     """What there is to know of a write before its collection and its statements are looked at."""
 
     db: bytes
-    rewritten: bool  # the engine must not see it as it came
+    body: slice | None  # `as_it_came`
     namespace: Namespace | None  # of a write that may share a connection
 
 
@@ -155,17 +170,17 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     if known is None:
         fields = request.fields
         named = Namespace.of(request) if _NOT_ALONE.isdisjoint(fields) else None
-        known = _Write(database(request), not unchanged(request), named)
+        known = _Write(database(request), as_it_came(request), named)
         if memo is not None:
             memo["write"] = known
-    db, rewritten, named = known
+    db, place, named = known
     sequence = sequences.get(statements)
-    if rewritten or len(sequences) > (sequence is not None):
+    if place is None or len(sequences) > (sequence is not None):
         body = spec(request, besides=statements)
     else:
-        body = memoryview(request.frame)[request.start : request.end]
+        body = memoryview(request.frame)[place]
     engine = client.services.engine
-    if named is not None and sequence is not None and _single(sequence, statements, len(request.frame)):
+    if named is not None and len(request.frame) <= _SMALL_BYTES and _single(request, statements, sequence):
         namespace = named.read(request)
         params = (db, body, sequence, calls.TRUE)
         answer = engine.writes.share(Shared(call, params, namespace, hash((call.name, namespace))))
@@ -178,15 +193,17 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     return await write_errors.rebuild(reply, statements, request, client)
 
 
-def _single(sequence: memoryview, statements: bytes, size: int) -> bool:
-    """Whether it is one small document to insert, or one statement for a small change of one document by its _id.
-
-    ``size`` is that of the whole message.
-    """
-    if size > _SMALL_BYTES:
-        return False
-    head = bytes(sequence[:16])  # {q: {_id: …
-    if int.from_bytes(head[:4], "little") != len(sequence):
+def _single(request: Request, statements: bytes, sequence: memoryview | None) -> bool:
+    """Whether it is one document to insert, or one statement for a change of one document by its _id."""
+    if sequence is not None:
+        head, size = bytes(sequence[:_STATEMENT_HEAD_BYTES]), len(sequence)
+    else:
+        kind, start, end = request.fields.get(statements, _NO_FIELD)
+        at = start + len(_FIRST_ITEM) + 4
+        if kind != bson.ARRAY or request.frame[start + 4 : at] != _FIRST_ITEM:
+            return False
+        head, size = request.frame[at : at + _STATEMENT_HEAD_BYTES], end - 1 - at
+    if int.from_bytes(head[:4], "little") != size:
         return False
     return statements == b"documents" or (head[4:7] == b"\x03q\0" and _by_id(head, 7))
 
@@ -198,8 +215,9 @@ def _by_id(data: bytes, at: int) -> bool:
 
 @command("findAndModify", "findandmodify", help="Updates or deletes one document and returns it.")
 async def find_and_modify(request: Request, client: Client) -> bytes:
+    params = (database(request), spec(request))
     try:
-        reply, _, _ = await _find_and_modify(request, client)
+        reply, _, _ = await _find_and_modify(params, request, client)
     except EngineError as error:
         raise await write_errors.explained(error, request, client) from None
     assert reply is not None
@@ -208,13 +226,12 @@ async def find_and_modify(request: Request, client: Client) -> bytes:
     return reply
 
 
-def _find_and_modify(request: Request, client: Client) -> Awaitable[Row]:
-    db, body = database(request), spec(request)
+def _find_and_modify(params: tuple[bytes, bytes | memoryview], request: Request, client: Client) -> Awaitable[Row]:
     engine = client.services.engine
     fields, frame = request.fields, request.frame
-    kind, start, _ = fields.get(b"query", _NO_QUERY)
+    kind, start, _ = fields.get(b"query", _NO_FIELD)
     if kind == bson.DOCUMENT and _by_id(frame, start) and len(frame) <= _SMALL_BYTES and _NOT_ALONE.isdisjoint(fields):
-        namespace = db + b"." + collection(request)
-        write = Shared(calls.FIND_AND_MODIFY, (db, body, calls.TRUE), namespace, hash((b"findAndModify", namespace)))
+        namespace = params[0] + b"." + collection(request)
+        write = Shared(calls.FIND_AND_MODIFY, (*params, calls.TRUE), namespace, hash((b"findAndModify", namespace)))
         return engine.writes.share(write)
-    return engine.write(calls.FIND_AND_MODIFY, (db, body))
+    return engine.write(calls.FIND_AND_MODIFY, params)

@@ -6,7 +6,7 @@ import time
 from struct import Struct
 from typing import NamedTuple
 
-from pg_ferret.commands.arguments import Namespace, collection, database, spec, unchanged
+from pg_ferret.commands.arguments import Namespace, as_it_came, collection, database, spec
 from pg_ferret.engine import calls
 from pg_ferret.engine.lines import Shared
 from pg_ferret.errors import CommandError, EngineError
@@ -33,7 +33,7 @@ class _GetMore(NamedTuple):
 
     db: bytes
     namespace: Namespace
-    rewritten: bool  # the engine must not see it as it came
+    body: slice | None  # `as_it_came`
     id_at: int  # where the cursor's id is in the frame
     size: bson.Span  # and the batch's size; empty if none is given
 
@@ -47,7 +47,7 @@ async def get_more(request: Request, client: Client) -> bytes:
         known = _look_at(request)
         if memo is not None:
             memo["getMore"] = known
-    db, named, rewritten, id_at, (_, size_start, size_end) = known
+    db, named, place, id_at, (_, size_start, size_end) = known
     namespace = named.read(request)
     frame = request.frame
     (cursor_id,) = _int64(frame, id_at)
@@ -57,7 +57,7 @@ async def get_more(request: Request, client: Client) -> bytes:
     cursor_owner, expires, continuation = cursor
     if not cursor_owner.startswith(owner(namespace, client.user)):
         raise _not_the_owner(cursor, cursor_id, namespace)
-    body = spec(request) if rewritten or request.sequences else memoryview(frame)[request.start : request.end]
+    body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
     try:
         if calls.streams(continuation):
             # Of about the same cost: as many documents of a result by the same command, as far as one can see.
@@ -86,7 +86,7 @@ def _look_at(request: Request) -> _GetMore:
         raise CommandError(14, "Field 'getMore' must be of type long")
     db = database(request)
     size = request.fields.get(b"batchSize", _NO_SIZE)
-    return _GetMore(db, Namespace.of(request, b"collection"), not unchanged(request), start, size)
+    return _GetMore(db, Namespace.of(request, b"collection"), as_it_came(request), start, size)
 
 
 def _not_the_owner(cursor: Cursor, cursor_id: int, namespace: bytes) -> CommandError:

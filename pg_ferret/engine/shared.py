@@ -25,6 +25,8 @@ from pg_ferret.errors import EngineLostError
 CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
 _MOST_WAITING = 128
+# Of a result that opens a cursor; getMore's has no cursor id.
+_FIRST_PAGE_COLUMNS = 3
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
 
@@ -146,7 +148,9 @@ class SharedLine(Line):
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
             if not waiter.done():
-                waiter.set_result((page, get(0, 1)))
+                following = get(0, 1)
+                first = following is not None and result.nfields == _FIRST_PAGE_COLUMNS
+                waiter.set_result((page, following, get(0, 2)) if first else (page, following))
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
         elif status != PIPELINE_ABORTED:
@@ -229,7 +233,9 @@ class SharedLine(Line):
 
 
 class Reads(Lines[SharedLine]):
-    """The connections that reads by one call share: results are a page and, if it goes on, the continuation."""
+    """The connections that reads by one call share: results are a page and, if it goes on, the continuation, and so on.
+
+    What does not go on may be told without columns behind the continuation."""
 
     __slots__ = ("_free", "_measured", "_only", "call")
 

@@ -101,6 +101,27 @@ async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(mak
         assert pool.size <= 4
 
 
+async def test_a_read_by_id_that_finds_more_than_a_page_goes_on(
+    client: MongoClient[Document], make_pool: MakePool
+) -> None:
+    pipeline = [{"$set": {"of": {"$range": [0, 150]}}}, {"$unwind": "$of"}]
+    client.line.drop_collection("v")
+    client.line.create_collection("v", viewOn="c", pipeline=pipeline)
+    command = encode({"find": "v", "filter": {"_id": 1}, "$db": "line"})
+    async with make_pool(4) as pool:
+        page, continuation, cursor_id = await (
+            await joined(pool.finds, Shared(calls.FIND, (b"line", command), b"line.v", _SHAPE))
+        )
+        assert page is not None
+        assert cursor_id is not None
+        got = [item["of"] for item in decode(page)["cursor"]["firstBatch"]]
+        more = {"getMore": Int64(int.from_bytes(cursor_id, "big")), "collection": "v", "$db": "line"}
+        page, _ = await pool.call(calls.GET_MORE, (b"line", encode(more), continuation))
+        assert page is not None
+        got += [item["of"] for item in decode(page)["cursor"]["nextBatch"]]
+        assert sorted(got) == list(range(150))
+
+
 async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> None:
     async with make_pool(4) as pool:
         await (await shared(pool))

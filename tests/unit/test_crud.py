@@ -1,4 +1,4 @@
-"""Which writes may stand in line with others: those of one small document that is found by its _id."""
+"""Which reads and writes may stand in line with others: mostly those of one small document that is found by its _id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from bson import Binary, Int64, ObjectId, Regex, encode
+from bson import Binary, Int64, ObjectId, Regex, decode_all, encode
 
 import pg_ferret.commands  # noqa: F401  (fills the registry)
 from pg_ferret.engine.calls import TRUE, Call
@@ -23,23 +23,26 @@ Document = dict[str, Any]
 
 
 class Engine:
-    """A pool that remembers which way writes took."""
+    """A pool that remembers which way requests took."""
 
     def __init__(self) -> None:
-        self.writes = self
+        self.writes = self.finds = self
         self.shared: list[Shared] = []
         self.apart: list[Params] = []
 
-    def share(self, write: Shared) -> Awaitable[Row]:
-        self.shared.append(write)
-        return self._done()
+    def share(self, request: Shared) -> Awaitable[Row]:
+        self.shared.append(request)
+        return self._done(request.call)
 
-    def write(self, _: Call, params: Params) -> Awaitable[Row]:
+    def write(self, call: Call, params: Params) -> Awaitable[Row]:
+        return self.call(call, params)
+
+    def call(self, call: Call, params: Params) -> Awaitable[Row]:
         self.apart.append(params)
-        return self._done()
+        return self._done(call)
 
-    async def _done(self) -> Row:
-        return encode({"n": 1, "ok": 1.0}), b"\x01", None
+    async def _done(self, call: Call) -> Row:
+        return encode({"n": 1, "ok": 1.0}), b"\x01" if call.writes else None, None
 
 
 def run(command: Document, *sequences: tuple[str, bytes]) -> Engine:
@@ -63,7 +66,9 @@ def statement(query: object, **more: object) -> bytes:
 def test_a_change_of_one_document_shares(key: object) -> None:
     for engine in (
         run({"update": "c"}, ("updates", statement({"_id": key}))),
+        run({"update": "c", "updates": decode_all(statement({"_id": key}))}),
         run({"delete": "c"}, ("deletes", encode({"q": {"_id": key}, "limit": 1}))),
+        run({"delete": "c", "deletes": [{"q": {"_id": key}, "limit": 1}], "ordered": True}),
         run({"findAndModify": "c", "query": {"_id": key}, "remove": True}),
     ):
         (write,) = engine.shared
@@ -75,6 +80,8 @@ def test_a_change_of_one_document_shares(key: object) -> None:
 def test_a_small_document_shares() -> None:
     assert run({"insert": "c"}, ("documents", encode({"a": 1}))).shared
     assert run({"insert": "c"}, ("documents", encode({}))).shared
+    assert run({"insert": "c", "documents": [{"a": 1}]}).shared
+    assert run({"insert": "c", "documents": [{}]}).shared
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,10 @@ def test_a_small_document_shares() -> None:
         ({"insert": "c"}, [("documents", encode({"a": "x" * 5000}))]),
         ({"insert": "c", "maxTimeMS": 10}, [("documents", encode({"a": 1}))]),
         ({"insert": "c", "comment": "x" * 5000}, [("documents", encode({"a": 1}))]),
-        ({"insert": "c", "documents": [{"a": 1}]}, []),
+        ({"insert": "c", "documents": []}, []),
+        ({"insert": "c", "documents": [1]}, []),
+        ({"insert": "c", "documents": {"0": {"a": 1}}}, []),
+        ({"insert": "c"}, []),
         ({"update": "c"}, [("updates", statement({"a": 1}))]),
         ({"update": "c"}, [("updates", statement({}))]),
         ({"update": "c"}, [("updates", statement({"_id": {"$gt": 1}}))]),
@@ -102,9 +112,10 @@ def test_a_small_document_shares() -> None:
     ],
 )
 def test_everything_else_is_made_apart(command: Document, sequences: list[tuple[str, bytes]]) -> None:
-    engine = run(command, *sequences)
-    assert not engine.shared
-    assert len(engine.apart) == 1
+    arrays = {name: decode_all(data) for name, data in sequences}
+    for engine in (run(command, *sequences), run(command | arrays)):
+        assert not engine.shared
+        assert len(engine.apart) == 1
 
 
 @pytest.mark.parametrize("size", range(16))
@@ -115,3 +126,44 @@ def test_a_broken_statement_is_left_to_the_engine(size: int) -> None:
 def test_a_collection_without_a_name_is_refused() -> None:
     with pytest.raises(CommandError, match="Invalid namespace"):
         run({"insert": ""}, ("documents", encode({"a": 1})))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"filter": {"a": 1}, "limit": 1, "singleBatch": True},
+        {"filter": {"a": 1}, "batchSize": 0, "singleBatch": True},
+        {"filter": {"_id": 1}},
+        {"filter": {"_id": ObjectId(), "a": {"$gt": 1}}},
+        {"filter": {"a": 1}, "limit": 1},
+        {"filter": {"a": 1}, "limit": Int64(1)},
+        {"filter": {}, "limit": 1},
+    ],
+)
+def test_a_read_that_leaves_nothing_behind_shares(command: Document) -> None:
+    for _ in range(2):  # a new shape and a known one
+        engine = run({"find": "c"} | command)
+        assert engine.shared
+        assert not engine.apart
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"filter": {"a": 1}},
+        {"filter": {"a": 1}, "limit": 2},
+        {"filter": {"_id": {"$gt": 1}}},
+        {"filter": {"_id": 1}, "batchSize": 0},
+        {"filter": {}, "limit": 1, "batchSize": 0},
+        {"filter": {"_id": 1}, "sort": {"a": 1}},
+        {"filter": {"_id": 1}, "maxTimeMS": 10},
+        {"filter": {"_id": "x"}, "collation": {"locale": "en"}},
+        {"filter": 1, "limit": 1},
+        {"limit": 1},
+    ],
+)
+def test_a_read_that_may_leave_a_cursor_is_made_apart(command: Document) -> None:
+    for _ in range(2):
+        engine = run({"find": "c"} | command)
+        assert not engine.shared
+        assert engine.apart
