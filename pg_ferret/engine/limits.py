@@ -41,6 +41,8 @@ def conninfo(config: Config) -> str:
         # What users need and DocumentDB leaves off.
         "documentdb.useFileBasedPersistedCursors": "on",
         "documentdb_core.enableCollation": "on",
+        # Raised, and so the whole command is rolled back and can be made again.
+        "documentdb.throwDeadlockOnCRUD": "on",
         # createIndexes makes the backend connect to itself; TCP would need a password.
         "documentdb.localhost_connection_string": f"host={host}",
         # A NOTICE for every collection made implicitly helps nobody.

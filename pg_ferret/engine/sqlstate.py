@@ -13,6 +13,8 @@ DUPLICATE_KEY: Final = 11000
 TROUBLE: Final = frozenset({1, 6, 91, 14031})
 # In writeErrors these concern the whole command, so MongoDB answers them at the top level.
 WHOLE_COMMAND: Final = frozenset({1, 13, 24, 50, 112})
+# PostgreSQL has rolled the transaction back because of others: the same again may go through.
+CONFLICTS: Final = frozenset({"40001", "40P01"})
 
 EXTENSION_MISSING = (
     "documentdb and pg_ferret are not both installed as extensions in ferretdb.database; see ferretdb.status"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import pg_ferret.commands  # noqa: F401  (fills the registry)
 from pg_ferret.engine.calls import TRUE, Call
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Params, Row
-from pg_ferret.errors import CommandError
+from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import COMMANDS
 from pg_ferret.wire.message import parse
 
@@ -25,10 +26,11 @@ Document = dict[str, Any]
 class Engine:
     """A pool that remembers which way requests took."""
 
-    def __init__(self) -> None:
+    def __init__(self, failures: Iterable[EngineError]) -> None:
         self.writes = self.finds = self
         self.shared: list[Shared] = []
         self.apart: list[Params] = []
+        self.failures = list(failures)
 
     def share(self, request: Shared) -> Awaitable[Row]:
         self.shared.append(request)
@@ -42,17 +44,19 @@ class Engine:
         return self._done(call)
 
     async def _done(self, call: Call) -> Row:
+        if self.failures:
+            raise self.failures.pop(0)
         return encode({"n": 1, "ok": 1.0}), b"\x01" if call.writes else None, None
 
 
-def run(command: Document, *sequences: tuple[str, bytes]) -> Engine:
-    """What the pool is asked for."""
+def run(command: Document, *sequences: tuple[str, bytes], failures: Iterable[EngineError] = ()) -> Engine:
+    """What the pool is asked for, if so many of its calls fail at first."""
     body = b"\0" + encode(command | {"$db": "db"})
     for name, data in sequences:
         section = name.encode() + b"\0" + data
         body += b"\x01" + struct.pack("<i", 4 + len(section)) + section
     request = parse(struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body)
-    engine = Engine()
+    engine = Engine(failures)
     client = SimpleNamespace(services=SimpleNamespace(engine=engine))
     asyncio.run(cast(Any, COMMANDS[request.name].handler(request, cast(Any, client))))
     return engine
@@ -167,3 +171,44 @@ def test_a_read_that_may_leave_a_cursor_is_made_apart(command: Document) -> None
         engine = run({"find": "c"} | command)
         assert not engine.shared
         assert engine.apart
+
+
+CHANGES: list[Document] = [
+    {"update": "c", "updates": [{"q": {"a": 1}, "u": {"$set": {"a": 2}}}]},
+    {"update": "c", "updates": [{"q": {"_id": 1}, "u": {"$set": {"a": 2}}}]},
+    {"delete": "c", "deletes": [{"q": {"a": 1}, "limit": 0}]},
+    {"insert": "c", "documents": [{"a": 1}, {"a": 2}]},
+    {"findAndModify": "c", "query": {"a": 1}, "remove": True},
+]
+
+
+@pytest.mark.parametrize("command", CHANGES)
+def test_a_write_that_was_rolled_back_because_of_others_is_made_again(command: Document) -> None:
+    failures = [EngineError("40P01", "deadlock detected"), EngineError("40001", "could not serialize access")]
+    engine = run(command, failures=failures)
+    made = engine.shared + engine.apart
+    assert len(made) == 3
+    assert not engine.failures
+
+
+@pytest.mark.parametrize("command", CHANGES)
+def test_a_refusal_is_final(command: Document) -> None:
+    failures = [EngineError("40P01", "deadlock detected"), EngineError("42501", "permission denied")] * 2
+    with pytest.raises((EngineError, CommandError), match="permission denied"):
+        run(command, failures=failures)
+
+
+def test_a_write_is_not_made_again_for_ever() -> None:
+    with pytest.raises(EngineError, match="deadlock"):
+        run(CHANGES[0], failures=[EngineError("40P01", "deadlock detected")] * 1000)
+    with pytest.raises(CommandError, match="conflict"):
+        run(CHANGES[4], failures=[EngineError("40P01", "deadlock detected")] * 1000)
+
+
+def test_a_write_is_made_again_until_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    failures = [EngineError("40P01", "deadlock detected")] * 4
+    assert len(run(CHANGES[0] | {"maxTimeMS": 5000}, failures=failures).apart) == 5
+    with pytest.raises(CommandError, match="exceeded time limit"):
+        run(CHANGES[0] | {"maxTimeMS": 2000}, failures=failures)
