@@ -227,6 +227,8 @@ class Server:
     in_recovery: bool
     started: str  # of the postmaster: its identity
     setting_errors: tuple[SettingError, ...]
+    # After so long DocumentDB's pg_cron job removes what is kept of an idle cursor; None: the library does not tell.
+    cursor_files_seconds: int | None = None
 
     def socket_directory(self) -> str:
         """The directory to connect to; raises ValueError naming unix_socket_directories when there is none."""

@@ -37,6 +37,20 @@
 #define MESSAGES_PER_ROUND 100
 #define NEVER PG_INT64_MAX
 
+/*
+ * Lines of the configuration files that are not in force, and why; PostgreSQL's
+ * own error says no more than that they could not be applied.
+ */
+#define SETTING_ERRORS \
+	" (SELECT f.seqno, f.name, f.setting, f.sourcefile, f.sourceline," \
+	"   CASE WHEN s.pending_restart THEN 'takes effect when PostgreSQL is restarted'" \
+	"    WHEN s.vartype IN ('integer', 'real')" \
+	"     THEN format('%s, the range is %s .. %s%s', f.error, s.min_val, s.max_val, ' ' || s.unit)" \
+	"    WHEN s.vartype = 'enum' THEN format('%s, it is one of %s', f.error, array_to_string(s.enumvals, ', '))" \
+	"    ELSE f.error END AS error" \
+	"  FROM pg_file_settings f LEFT JOIN pg_settings s ON lower(s.name) = lower(f.name)" \
+	"  WHERE f.error IS NOT NULL AND (f.name IS NULL OR lower(f.name) LIKE 'ferretdb.%')) AS wrong"
+
 /* The facts that the supervisor needs: checked() in config/check.py reads this. */
 #define SETTINGS_SQL \
 	"SELECT json_build_object(" \
@@ -53,18 +67,17 @@
 	"  'reserved_connections', current_setting('reserved_connections')::int," \
 	"  'version', split_part(current_setting('server_version'), ' ', 1)," \
 	"  'documentdb', (SELECT extversion FROM pg_extension WHERE extname = 'documentdb')," \
+	"  'cursor_files_seconds', current_setting('documentdb.defaultCursorExpiryTimeLimitSeconds', true)::int," \
 	"  'in_recovery', pg_is_in_recovery()," \
 	"  'started', to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')," \
 	"  'setting_errors', (SELECT coalesce(json_agg(json_build_object('name', coalesce(name, '')," \
-	"    'setting', left(coalesce(setting, ''), 200), 'error', error) ORDER BY seqno), '[]')" \
-	"   FROM pg_file_settings WHERE error IS NOT NULL AND (name IS NULL OR name LIKE 'ferretdb.%'))" \
+	"    'setting', left(coalesce(setting, ''), 200), 'error', error) ORDER BY seqno), '[]') FROM" SETTING_ERRORS ")" \
 	" ))"
 
 /* The same errors for people. */
 #define SETTING_ERRORS_SQL \
 	"SELECT string_agg(format('%s: %s', coalesce(name, format('%s line %s', sourcefile, sourceline)), error), '; '" \
-	"  ORDER BY seqno)" \
-	" FROM pg_file_settings WHERE error IS NOT NULL AND (name IS NULL OR name LIKE 'ferretdb.%')"
+	"  ORDER BY seqno) FROM" SETTING_ERRORS
 
 /*
  * The statement that prepares the database further; NULL if nothing is left to

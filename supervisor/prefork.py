@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import select
 import signal
 import socket
@@ -18,12 +17,14 @@ from pathlib import Path
 
 import structlog
 
-from config.settings import PREFIX, Config, SettingError, Settings
+from config.settings import PREFIX, Config, SettingError
 from pg_ferret import log
 from pg_ferret.status import State, StatusTable
 from supervisor.channel import Channel, Closed, Verb
 from supervisor.child import Work
+from supervisor.conflicts import conflicts
 from supervisor.crew import Crew, Orders, System
+from supervisor.intake import Intake, Watch
 from supervisor.listen import Listeners, wanted_addresses
 from supervisor.plan import Limits, deadline
 from supervisor.report import Problems, Reporter, serving_message
@@ -36,7 +37,6 @@ logger = structlog.get_logger()
 STOP_GRACE = 0.2
 STOP_LIMIT = 0.28
 RETRY_SECONDS = 1.0
-CHECK_AGAIN_SECONDS = 5.0
 # A draining worker watches ferretdb.graceful_timeout itself, then closes its connections: let it finish.
 DRAIN_SLACK = 1.5
 # Nothing wakes us when a worker that starts becomes ready, so we look.
@@ -97,11 +97,7 @@ class Supervisor:
         self._channel = channel
         self._config = config
         self._gateway = gateway
-        self._vet = vet
-        self._vetting: Vetting | None = None
-        self._unchecked: bytes | None = None  # the newest settings message, if its check is still to begin
-        self._check_at = 0.0
-        self._in_recovery: bool | None = None  # what has been heard of the role since that message
+        self._in_recovery: bool | None = None  # what has been heard of the role since the newest settings message
         # Every worker may have its successor beside it.
         self.table = StatusTable(2 * config.settings.max_workers)
         self.listeners = Listeners()
@@ -116,6 +112,7 @@ class Supervisor:
         self._awake = self._system.clock()
         self._exit: tuple[int, float] | None = None  # status, and when to wait no longer for the workers
         self._poll = select.poll()
+        self._intake = Intake(vet, Watch(self._poll, self.crew.private))
 
     def run(self) -> int:
         """Supervise until asked to stop or until the launcher is gone; returns the exit status."""
@@ -130,7 +127,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Give back every socket but the channel."""
-        self._end_vetting()
+        self._intake.end()
         self.listeners.close()
         self.crew.close()
         signal.set_wakeup_fd(-1)
@@ -145,7 +142,7 @@ class Supervisor:
         self.crew.observe()
         now = self._system.clock()
         if not self._exit:
-            self._check_settings(now)
+            self._take_settings(now)
         if self._exit and (not self.crew.alive or now >= self._exit[1]):
             return self._exit[0]
         if not self._exit and now >= self._retry_at:
@@ -181,51 +178,22 @@ class Supervisor:
             self._in_recovery = body == b"standby"
             self._apply(self._config)
         else:
-            self._unchecked, self._check_at = body, self._system.clock()
+            self._intake.put(body, self._system.clock())
             self._in_recovery = None
 
-    def _check_settings(self, now: float) -> None:
-        """Have the newest settings checked, without waiting for it, and make them the running ones."""
-        if self._unchecked is not None and now >= self._check_at:
-            text, self._unchecked = self._unchecked, None
-            self._end_vetting()
-            try:
-                self._vetting = self._vet(text)
-            except OSError as error:
-                self._check_again(text, f"{error.strerror}", now)
-            else:
-                self._poll.register(self._vetting.socket, select.POLLIN)
-                self.crew.private.append(self._vetting.socket)
-        if self._vetting and self._vetting.done():
-            vetting = self._vetting
-            self._forget_vetting()
-            try:
-                config = vetting.result()
-            except ValueError as error:
-                self._problems.set("settings", f"{error}; {_STAYS}")
-            except RuntimeError as error:
-                self._check_again(vetting.text, str(error), now)
-            else:
+    def _take_settings(self, now: float) -> None:
+        """Make new settings the running ones when they have been checked."""
+        try:
+            config = self._intake.take(now)
+        except ValueError as error:
+            self._problems.set("settings", f"{error}; {_STAYS}")
+        except RuntimeError as error:
+            hint = "it will be tried again; if pg_ferret or pydantic has been upgraded, end this supervisor"
+            self._problems.set("settings", f"new settings cannot be checked: {error}; {_STAYS}", hint)
+        else:
+            if config is not None:
                 self._problems.solved("settings")
                 self._apply(config)
-
-    def _check_again(self, text: bytes, error: str, now: float) -> None:
-        """Settings that could not be checked: the launcher will not send them again."""
-        hint = "it will be tried again; if pg_ferret or pydantic has been upgraded, end this supervisor"
-        self._problems.set("settings", f"new settings cannot be checked: {error}; {_STAYS}", hint)
-        if self._unchecked is None:
-            self._unchecked, self._check_at = text, now + CHECK_AGAIN_SECONDS
-
-    def _forget_vetting(self) -> None:
-        if self._vetting:
-            self._poll.unregister(self._vetting.socket)
-            self.crew.private.remove(self._vetting.socket)
-            self._vetting = None
-
-    def _end_vetting(self) -> None:
-        if vetting := self._vetting:
-            self._forget_vetting()
-            vetting.end()
 
     def _apply(self, new: Config) -> None:
         """Make ``new`` the running configuration."""
@@ -233,8 +201,11 @@ class Supervisor:
             new = replace(new, server=replace(new.server, in_recovery=self._in_recovery))
         log.configure(self._channel.socket, new.settings.log_level, "supervisor")
         self._config = self._with_state_dir(new)
-        settings = self._config.settings
-        self._check(settings, new.server.max_connections)
+        for name, conflict in conflicts(self._config).items():
+            if conflict:
+                self._problems.set(name, *conflict)
+            else:
+                self._problems.solved(name)
         self._prepare()
         self._listen()
         self.crew.retry_now()
@@ -246,41 +217,6 @@ class Supervisor:
         serving = settings.enabled and self._prepared
         self.listeners.want(wanted_addresses(settings) if serving else [], settings.unix_socket_permissions)
         self.crew.give(Orders(self._config, self.listeners.sockets))
-
-    def _check(self, settings: Settings, max_connections: int) -> None:
-        """Values that are fine by themselves and cannot be in force."""
-        workers, most = settings.worker_count(), settings.pool_max_conns
-        found = {
-            "workers": (
-                settings.workers > settings.max_workers,
-                f"ferretdb.workers: {settings.workers} are more than ferretdb.max_workers ({settings.max_workers})",
-                "ferretdb.max_workers takes a restart",
-            ),
-            "pool_max_conns": (
-                not workers <= most <= max_connections,
-                f"ferretdb.pool_max_conns: {most} are fewer than workers, each needs one ({workers})"
-                if most < workers
-                else f"ferretdb.pool_max_conns: {most} are more than max_connections ({max_connections})",
-                "lower ferretdb.workers or raise ferretdb.pool_max_conns"
-                if most < workers
-                else "each worker has its part of what PostgreSQL allows",
-            ),
-            "pool_min_conns": (
-                settings.pool_min_conns > most,
-                f"ferretdb.pool_min_conns: {settings.pool_min_conns} are more than ferretdb.pool_max_conns ({most})",
-                "ferretdb.pool_max_conns is in force for both",
-            ),
-            "python": (
-                not os.access(settings.python, os.X_OK),
-                f'ferretdb.python: cannot execute "{settings.python}"',
-                "the running supervisor goes on; the next one could not start",
-            ),
-        }
-        for name, (wrong, text, hint) in found.items():
-            if wrong:
-                self._problems.set(name, text, hint, getattr(settings, name))
-            else:
-                self._problems.solved(name)
 
     def _with_state_dir(self, new: Config) -> Config:
         """``new``, but with the running state_dir while workers share it: half of them must not move elsewhere."""
@@ -377,15 +313,11 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Sleep until something arrives or is due."""
-        due = [self._reporter.due, deadline(self.crew.seats, self._limits())]
+        due = [self._reporter.due, deadline(self.crew.seats, self._limits()), self._intake.due]
         if self.listeners.problems or self._look_at_state or not self._prepared:
             due.append(self._retry_at)
         if self.crew.booting(self._system.clock()):
             due.append(self._system.clock() + BRISK_SECONDS)
-        if self._unchecked is not None:
-            due.append(self._check_at)
-        if self._vetting:
-            due.append(self._vetting.deadline)
         if self._exit:
             due.append(self._exit[1])
         until = min(due)

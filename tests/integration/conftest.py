@@ -52,6 +52,7 @@ def configuration(cluster: Cluster, **settings: Any) -> Config:
         reserved_connections=0,
         version="18",
         documentdb="1.0",
+        cursor_files_seconds=600,
         in_recovery=False,
         started="now",
         setting_errors=(),

@@ -383,3 +383,30 @@ def test_fewer_workers_do_not_take_more_connections(new_cluster: NewCluster) -> 
     # What the two that stay have more, those who leave may still have for a moment.
     assert most <= 24 + 2 * 12
     assert "too many clients" not in cluster.log
+
+
+def test_what_is_not_in_force_is_told_with_its_reason(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    assert cluster.psql("table ferretdb.settings_errors") == []
+    expected = {
+        (
+            "ferretdb.cursor_timeout",
+            "600000",
+        ): "600 s are more than documentdb.defaultCursorExpiryTimeLimitSeconds (60)",
+        ("ferretdb.log_level", "loud"): "setting could not be applied, it is one of debug, info, warning, error",
+        ("ferretdb.max_workers", "65"): "takes effect when PostgreSQL is restarted",
+        ("ferretdb.worker_timeout", "1ms"): "setting could not be applied, the range is 1000 .. 3600000 ms",
+        ("ferretdb.workers", "5000"): "setting could not be applied, the range is 0 .. 1024",
+    }
+    with (cluster.data / "postgresql.conf").open("a") as file:
+        file.write("documentdb.defaultCursorExpiryTimeLimitSeconds = 60\n")
+        file.writelines(f"{name} = '{value}'\n" for name, value in expected if name != "ferretdb.cursor_timeout")
+    cluster.psql("select pg_reload_conf()")
+
+    def told() -> dict[tuple[str, str], str]:
+        rows = cluster.psql("select name, setting, error from ferretdb.settings_errors order by name")
+        return {(str(name), str(setting)): str(error) for name, setting, error in rows}
+
+    wait_for(lambda: told() == expected)
+    message = str(cluster.status()[0]["message"])
+    assert all(f"{name}: {error}" in message for (name, _), error in expected.items())

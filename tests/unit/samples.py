@@ -42,6 +42,7 @@ SERVER = {
     "reserved_connections": 0,
     "version": "18.6",
     "documentdb": None,
+    "cursor_files_seconds": 600,
     "in_recovery": False,
     "started": "2026-01-01 00:00:00+00",
     "setting_errors": [],
