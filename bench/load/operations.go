@@ -47,6 +47,7 @@ var operations = map[string]operation{
 	"ping":              {run: ping},
 	"find":              {run: find},
 	"insert":            {run: insert, cleanup: drop("inserted")},
+	"insert-array":      {run: insertArray, cleanup: drop("inserted")},
 	"update":            {run: update},
 	"delete":            {run: remove, warm: ping, prepare: fillForDelete, cleanup: drop("deleted")},
 	"findAndModify":     {run: findAndModify},
@@ -73,21 +74,19 @@ func small(id any, random *rand.Rand) bson.D {
 	}
 }
 
-// record is a document as small makes them, encoded once; next makes another of it in place. So encoding takes next to
-// nothing of the CPU that generator and server share.
+// record is a document as small makes them, encoded once, but its _id, which is the driver's to add; next makes another
+// of it in place. So encoding takes next to nothing of the CPU that generator and server share.
 type record struct {
 	document bson.Raw
-	id       []byte
 	score    []byte
 }
 
 func newRecord(random *rand.Rand) (record, error) {
-	document, err := bson.Marshal(small(bson.NewObjectID(), random))
+	document, err := bson.Marshal(small(nil, random)[1:])
 	if err != nil {
 		return record{}, err
 	}
-	field := func(key string) []byte { return bson.Raw(document).Lookup(key).Value }
-	return record{document: document, id: field("_id"), score: field("score")}, nil
+	return record{document: document, score: bson.Raw(document).Lookup("score").Value}, nil
 }
 
 // fresh is so many documents that were not inserted before; they last until the next call.
@@ -108,8 +107,6 @@ func (c *client) fresh(count int) ([]any, error) {
 }
 
 func (r record) next(random *rand.Rand) {
-	id := bson.NewObjectID()
-	copy(r.id, id[:])
 	binary.LittleEndian.PutUint64(r.score, math.Float64bits(random.Float64()))
 }
 
@@ -193,6 +190,26 @@ func insert(ctx context.Context, c *client) error {
 	}
 	_, err = c.db.Collection("inserted").InsertOne(ctx, one[0])
 	return err
+}
+
+// insertArray has the document in the command instead of a section of its own, as the driver of Node.js.
+func insertArray(ctx context.Context, c *client) error {
+	one, err := c.fresh(1)
+	if err != nil {
+		return err
+	}
+	documents := bson.A{withID(one[0].(bson.Raw))}
+	return c.db.RunCommand(ctx, bson.D{{Key: "insert", Value: "inserted"}, {Key: "documents", Value: documents}}).Err()
+}
+
+// withID adds the _id, as drivers do in InsertOne and InsertMany.
+func withID(document bson.Raw) bson.Raw {
+	const prefix = "\x07_id\x00"
+	id := bson.NewObjectID()
+	size := len(document) + len(prefix) + len(id)
+	whole := binary.LittleEndian.AppendUint32(make([]byte, 0, size), uint32(size))
+	whole = append(append(whole, prefix...), id[:]...)
+	return append(whole, document[4:]...)
 }
 
 func update(ctx context.Context, c *client) error {
