@@ -151,7 +151,12 @@ class Settings:
     ] = 1024
     cursor_timeout: Annotated[
         int,
-        Guc("How long an idle cursor is kept.", milliseconds=True, bounds=(SECOND, DAY)),
+        Guc(
+            "How long an idle cursor is kept; sorted and grouped results no longer than"
+            " documentdb.defaultCursorExpiryTimeLimitSeconds.",
+            milliseconds=True,
+            bounds=(SECOND, DAY),
+        ),
     ] = 10 * MINUTE
     worker_timeout: Annotated[
         int,

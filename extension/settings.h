@@ -177,7 +177,7 @@ define_settings(void)
 		GUC_UNIT_MB,
 		NULL, NULL, NULL);
 	DefineCustomIntVariable("ferretdb.cursor_timeout",
-		"How long an idle cursor is kept.",
+		"How long an idle cursor is kept; sorted and grouped results no longer than documentdb.defaultCursorExpiryTimeLimitSeconds.",
 		NULL,
 		&ferret_cursor_timeout,
 		600000,
