@@ -90,7 +90,7 @@ async def find(request: Request, client: Client) -> bytes:
     first = start + 4  # its type; in an empty filter the NUL at the end
     shape = hash((namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5))
     row = await client.services.engine.finds.share(Shared(calls.FIND, (db, body), namespace, shape))
-    if row[1] is not None:  # a view may have several documents of the same _id
+    if row[1] is not None:  # a view may have many documents of the same _id
         return _page(row, namespace, request, client)
     page = row[0]
     assert page is not None
@@ -105,7 +105,7 @@ def _look_at(request: Request) -> _Find:
     span = fields.get(b"filter")
     whole = request.true(b"singleBatch")
     # It must leave nothing behind on the connection, no cursor and no time limit.  What finds one document at most
-    # leaves a cursor only if it asks for none to begin with.
+    # leaves a cursor only if it asks for none to begin with, or from a view that has many of the same _id.
     if (
         not _ALONE.isdisjoint(fields)
         or span is None

@@ -9,6 +9,7 @@ it does so for long, it is given up: those who wait in it are served elsewhere.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -25,7 +26,7 @@ from pg_ferret.errors import EngineLostError
 CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
 _MOST_WAITING = 128
-# Of a result that opens a cursor; getMore's has no cursor id.
+# A first page comes with the cursor's id, the next ones do not.
 _FIRST_PAGE_COLUMNS = 3
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
@@ -55,6 +56,11 @@ class Costs:
         if len(now) >= _MOST_SHAPES:
             now.clear()
         now.add(shape)
+
+
+def opens_cursor(row: Row) -> bool:
+    """Whether a read that might have shared a connection goes on: others like it are not to do so."""
+    return len(row) == _FIRST_PAGE_COLUMNS and row[1] is not None
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]
@@ -142,15 +148,17 @@ class SharedLine(Line):
         status = result.status
         if status == TUPLES_OK:
             get = result.get_value
-            _, waiter = self._batches[0][self._answered]
+            read, waiter = self._batches[0][self._answered]
             self._answered += 1
-            page = get(0, 0)
+            page, following = get(0, 0), get(0, 1)
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
-            if not waiter.done():
-                following = get(0, 1)
-                first = following is not None and result.nfields == _FIRST_PAGE_COLUMNS
-                waiter.set_result((page, following, get(0, 2)) if first else (page, following))
+            if following is not None and result.nfields == _FIRST_PAGE_COLUMNS:
+                # Behind others in a batch the engine keeps the cursor no longer than the batch lasts.
+                self._costs.note(read.shape, math.inf)
+                self._elsewhere(read, waiter)
+            elif not waiter.done():
+                waiter.set_result((page, following))
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
         elif status != PIPELINE_ABORTED:
@@ -233,9 +241,7 @@ class SharedLine(Line):
 
 
 class Reads(Lines[SharedLine]):
-    """The connections that reads by one call share: results are a page and, if it goes on, the continuation, and so on.
-
-    What does not go on may be told without columns behind the continuation."""
+    """The connections that reads by one call share: results are a page and, if it goes on, the continuation."""
 
     __slots__ = ("_free", "_measured", "_only", "call")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 from bson import Int64, decode, encode
 from pymongo import MongoClient
+from pymongo.errors import OperationFailure
 
 from dev.cluster import Cluster
 from pg_ferret.engine import calls
@@ -25,6 +28,8 @@ from tests.integration.pools import PATIENCE_SECONDS, MakePool, active, locked, 
 Document = dict[str, Any]
 _SHAPE = 1
 _PAGE = 2
+# A view of so many documents of each _id that they do not fit into a first page.
+MANY_OF_AN_ID = [{"$set": {"of": {"$range": [0, 150]}}}, {"$unwind": "$of"}]
 
 
 @pytest.fixture
@@ -101,17 +106,19 @@ async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(mak
         assert pool.size <= 4
 
 
-async def test_a_read_by_id_that_finds_more_than_a_page_goes_on(
-    client: MongoClient[Document], make_pool: MakePool
-) -> None:
-    pipeline = [{"$set": {"of": {"$range": [0, 150]}}}, {"$unwind": "$of"}]
+async def test_a_read_that_opens_a_cursor_leaves_the_line(client: MongoClient[Document], make_pool: MakePool) -> None:
     client.line.drop_collection("v")
-    client.line.create_collection("v", viewOn="c", pipeline=pipeline)
+    client.line.create_collection("v", viewOn="c", pipeline=MANY_OF_AN_ID)
     command = encode({"find": "v", "filter": {"_id": 1}, "$db": "line"})
-    async with make_pool(4) as pool:
-        page, continuation, cursor_id = await (
-            await joined(pool.finds, Shared(calls.FIND, (b"line", command), b"line.v", _SHAPE))
-        )
+    wanted = Shared(calls.FIND, (b"line", command), b"line.v", _SHAPE)
+    async with make_pool(6) as pool:
+        await ready(pool)
+        first, opening, refused = map(pool.finds.share, (find(0), wanted, find(0, condition={"$regex": "("})))
+        assert all(map(asyncio.isfuture, (first, opening, refused)))
+        assert found(await first) == 0
+        with pytest.raises(EngineError):
+            await refused
+        page, continuation, cursor_id = await opening
         assert page is not None
         assert cursor_id is not None
         got = [item["of"] for item in decode(page)["cursor"]["firstBatch"]]
@@ -120,6 +127,35 @@ async def test_a_read_by_id_that_finds_more_than_a_page_goes_on(
         assert page is not None
         got += [item["of"] for item in decode(page)["cursor"]["nextBatch"]]
         assert sorted(got) == list(range(150))
+        for _ in range(2):  # such reads stay away
+            assert not asyncio.isfuture(alone := pool.finds.share(wanted))
+            assert (await alone)[1] is not None
+
+
+def test_cursors_of_reads_by_id_are_whole_among_other_clients(
+    client: MongoClient[Document], make_pool: MakePool
+) -> None:
+    client.line.drop_collection("v")
+    client.line.create_collection("v", viewOn="c", pipeline=MANY_OF_AN_ID)
+    over = threading.Event()
+
+    def other(number: int) -> None:
+        while not over.is_set():
+            client.line.c.find_one({"_id": number})
+            with pytest.raises(OperationFailure):
+                client.line.c.find_one({"_id": number, "s": {"$regex": "("}})
+
+    def whole(number: int) -> set[int]:
+        return {len(list(client.line.v.find({"_id": number}))) for _ in range(20)}
+
+    with ThreadPoolExecutor(12) as threads:
+        others = [threads.submit(other, number) for number in range(6)]
+        try:
+            assert [*threads.map(whole, range(6))] == [{150}] * 6
+        finally:
+            over.set()
+        for one in others:
+            one.result()
 
 
 async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> None:

@@ -83,6 +83,15 @@ def test_a_line_that_stands_still_is_given_up(stage: Stage) -> None:
     assert stage.line.waiting == 0
 
 
+def test_a_read_that_opens_a_cursor_is_made_elsewhere_and_getmore_is_not(stage: Stage) -> None:
+    stage.server.give(stage.line, row(b"page", b"more"), row(b"page", b"more", b"id"), row(b"page", None, None))
+    assert stage.waiters[0].result() == (b"page", b"more")
+    assert stage.elsewhere == [stage.reads[1]]
+    assert not stage.waiters[1].done()
+    assert stage.waiters[2].result() == (b"page", None)
+    assert stage.costs.slow(_SHAPE)
+
+
 def test_an_answered_batch_whose_end_is_late_is_no_stall(stage: Stage) -> None:
     answer(stage, 4)
     for _ in range(3):
