@@ -43,7 +43,10 @@
  */
 #define SETTING_ERRORS \
 	" (SELECT f.seqno, f.name, f.setting, f.sourcefile, f.sourceline," \
-	"   CASE WHEN s.pending_restart THEN 'takes effect when PostgreSQL is restarted'" \
+	"   CASE WHEN s.pending_restart AND CASE WHEN s.vartype <> 'integer' THEN true" \
+	"      WHEN f.setting ~ '^[0-9]{1,9}$' THEN f.setting::int BETWEEN s.min_val::int AND s.max_val::int" \
+	"      ELSE false END" \
+	"     THEN 'takes effect when PostgreSQL is restarted'" \
 	"    WHEN s.vartype IN ('integer', 'real')" \
 	"     THEN format('%s, the range is %s .. %s%s', f.error, s.min_val, s.max_val, ' ' || s.unit)" \
 	"    WHEN s.vartype = 'enum' THEN format('%s, it is one of %s', f.error, array_to_string(s.enumvals, ', '))" \
@@ -67,7 +70,8 @@
 	"  'reserved_connections', current_setting('reserved_connections')::int," \
 	"  'version', split_part(current_setting('server_version'), ' ', 1)," \
 	"  'documentdb', (SELECT extversion FROM pg_extension WHERE extname = 'documentdb')," \
-	"  'cursor_files_seconds', current_setting('documentdb.defaultCursorExpiryTimeLimitSeconds', true)::int," \
+	"  'cursor_files_seconds', (SELECT setting::int FROM pg_settings" \
+	"   WHERE name = 'documentdb.defaultCursorExpiryTimeLimitSeconds' AND vartype = 'integer')," \
 	"  'in_recovery', pg_is_in_recovery()," \
 	"  'started', to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')," \
 	"  'setting_errors', (SELECT coalesce(json_agg(json_build_object('name', coalesce(name, '')," \

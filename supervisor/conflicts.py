@@ -72,5 +72,5 @@ def _cursor_timeout(config: Config) -> _Wrong:
         return None
     return (
         f"{kept / SECOND:g} s are more than documentdb.defaultCursorExpiryTimeLimitSeconds ({removed_after})",
-        "cursors of sorted and grouped results end after that, when DocumentDB's pg_cron job removes their files",
+        "sorted and grouped results end after that, when pg_cron removes their files; 3600 is the most there can be",
     )

@@ -265,6 +265,7 @@ class Supervisor:
     def _stop(self, status: int) -> None:
         if self._exit is None:
             self._exit = status, self._system.clock() + STOP_LIMIT
+            self._intake.end()
             self.listeners.close()
             self.crew.hurry()
             with contextlib.suppress(KeyError):

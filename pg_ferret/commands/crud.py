@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable
 from typing import NamedTuple
 
-from pg_ferret.commands import write_errors
+from pg_ferret.commands import conflicts, write_errors
 from pg_ferret.commands.arguments import Namespace, as_it_came, collection, database, session, spec
 from pg_ferret.engine import calls
 from pg_ferret.engine.lines import Shared
-from pg_ferret.engine.pipeline import Params, Row
-from pg_ferret.engine.sqlstate import CONFLICTS
+from pg_ferret.engine.pipeline import Row
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
@@ -39,8 +37,6 @@ _NO_FIELD = (0, 0, 0)
 _STATEMENT_HEAD_BYTES = 16
 # Of an array: its first item, a document.
 _FIRST_ITEM = b"\x030\0"
-# How often a write is made again that meets others: a deadlock takes PostgreSQL deadlock_timeout to see.
-_MOST_CONFLICTS = 10
 # They leave a time limit behind, or have several documents of the same _id.
 _NOT_ALONE = frozenset((b"maxTimeMS", b"collation"))
 
@@ -193,7 +189,7 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     try:
         reply, success, _ = await answer
     except EngineError as error:
-        reply, success, _ = await _again(error, call, (db, body, sequence), request, client)
+        reply, success, _ = await conflicts.repeat(error, call, (db, body, sequence), request, client)
     assert reply is not None
     if success == b"\x01":
         return reply
@@ -220,25 +216,6 @@ def _by_id(data: bytes, at: int) -> bool:
     return data[at + 5 : at + 9] == b"_id\0" and data[at + 4] in _ID_TYPES
 
 
-async def _again(error: EngineError, call: calls.Call, params: Params, request: Request, client: Client) -> Row:
-    """Make a write again, and again, that met others and was rolled back, as MongoDB does until maxTimeMS is over.
-
-    Raises the error if it is another one, or if it goes on.
-    """
-    seconds = (request.integer(b"maxTimeMS") or 0) / 1000 or math.inf
-    begin = time.monotonic()
-    for _ in range(_MOST_CONFLICTS):
-        if error.sqlstate not in CONFLICTS:
-            break
-        if time.monotonic() - begin > seconds:
-            raise CommandError(50, "operation exceeded time limit")
-        try:
-            return await client.services.engine.write(call, params)
-        except EngineError as another:
-            error = another
-    raise error
-
-
 @command("findAndModify", "findandmodify", help="Updates or deletes one document and returns it.")
 async def find_and_modify(request: Request, client: Client) -> bytes:
     params = (database(request), spec(request))
@@ -246,7 +223,7 @@ async def find_and_modify(request: Request, client: Client) -> bytes:
         try:
             reply, _, _ = await _find_and_modify(params, request, client)
         except EngineError as error:
-            reply, _, _ = await _again(error, calls.FIND_AND_MODIFY, params, request, client)
+            reply, _, _ = await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
     except EngineError as error:
         raise await write_errors.explained(error, request, client) from None
     assert reply is not None

@@ -408,5 +408,11 @@ def test_what_is_not_in_force_is_told_with_its_reason(new_cluster: NewCluster) -
         return {(str(name), str(setting)): str(error) for name, setting, error in rows}
 
     wait_for(lambda: told() == expected)
+    with (cluster.data / "postgresql.conf").open("a") as file:
+        file.write("ferretdb.max_workers = 100000\n")  # a restart would not help
+    cluster.psql("select pg_reload_conf()")
+    del expected["ferretdb.max_workers", "65"]
+    expected["ferretdb.max_workers", "100000"] = "setting could not be applied, the range is 1 .. 1024"
+    wait_for(lambda: told() == expected)
     message = str(cluster.status()[0]["message"])
     assert all(f"{name}: {error}" in message for (name, _), error in expected.items())

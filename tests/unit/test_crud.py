@@ -173,6 +173,11 @@ def test_a_read_that_may_leave_a_cursor_is_made_apart(command: Document) -> None
         assert engine.apart
 
 
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pg_ferret.commands.conflicts._LONGEST_PAUSE", 0.0)
+
+
 CHANGES: list[Document] = [
     {"update": "c", "updates": [{"q": {"a": 1}, "u": {"$set": {"a": 2}}}]},
     {"update": "c", "updates": [{"q": {"_id": 1}, "u": {"$set": {"a": 2}}}]},
@@ -207,7 +212,7 @@ def test_a_write_is_not_made_again_for_ever() -> None:
 
 def test_a_write_is_made_again_until_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("pg_ferret.commands.conflicts.time", SimpleNamespace(monotonic=lambda: next(clock)))
     failures = [EngineError("40P01", "deadlock detected")] * 4
     assert len(run(CHANGES[0] | {"maxTimeMS": 5000}, failures=failures).apart) == 5
     with pytest.raises(CommandError, match="exceeded time limit"):

@@ -1,0 +1,50 @@
+"""Writes that PostgreSQL has rolled back because of others are made again, as MongoDB does outside transactions."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from typing import Final
+from weakref import WeakValueDictionary
+
+from pg_ferret.engine.calls import Call
+from pg_ferret.engine.pipeline import Params, Row
+from pg_ferret.engine.sqlstate import CONFLICTS
+from pg_ferret.errors import CommandError, EngineError
+from pg_ferret.state.client import Client
+from pg_ferret.wire.message import Request
+
+_MOST_TRIES: Final = 10
+# Seconds before the next try: by chance, at most so many, twice as many each time, and never more than the second.
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 0.5
+# Of each namespace one write at a time is made again: otherwise those that were in a deadlock meet again.
+_turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+
+
+async def repeat(error: EngineError, call: Call, params: Params, request: Request, client: Client) -> Row:
+    """Make a write again that has failed.
+
+    Raises the error if it is none that may end this way, or when it has been enough; CommandError when maxTimeMS has
+    gone by since the first failure.
+    """
+    if error.sqlstate not in CONFLICTS:
+        raise error
+    limit = (request.integer(b"maxTimeMS") or 0) / 1000 or math.inf
+    deadline = time.monotonic() + limit
+    namespace = (params[0] or b"", request.string(request.name) or b"")
+    turn = _turns.setdefault(b".".join(map(bytes, namespace)), asyncio.Lock())
+    async with turn:
+        for number in range(_MOST_TRIES):
+            await asyncio.sleep(random.random() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number))
+            if time.monotonic() > deadline:
+                raise CommandError(50, "operation exceeded time limit")
+            try:
+                return await client.services.engine.write(call, params)
+            except EngineError as another:
+                error = another
+            if error.sqlstate not in CONFLICTS:
+                break
+    raise error
