@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from config.settings import SECOND, Config
 
+_Wrong = tuple[str, str] | None  # text and hint
+
 
 class Conflict(NamedTuple):
     """What is wrong with a setting."""
@@ -18,24 +20,17 @@ class Conflict(NamedTuple):
 
 def conflicts(config: Config) -> dict[str, Conflict | None]:
     """By the settings' names without prefix, all that are looked at."""
-    settings = config.settings
     found = {
         "workers": _workers(config),
         "pool_max_conns": _pool_max_conns(config),
         "pool_min_conns": _pool_min_conns(config),
         "cursor_timeout": _cursor_timeout(config),
-        "python": None
-        if os.access(settings.python, os.X_OK)
-        else (f'cannot execute "{settings.python}"', _PYTHON_HINT),
+        "python": _python(config),
     }
     return {
-        name: wrong and Conflict(f"ferretdb.{name}: {wrong[0]}", wrong[1], getattr(settings, name))
+        name: wrong and Conflict(f"ferretdb.{name}: {wrong[0]}", wrong[1], getattr(config.settings, name))
         for name, wrong in found.items()
     }
-
-
-_Wrong = tuple[str, str] | None  # text and hint
-_PYTHON_HINT = "the running supervisor goes on; the next one could not start"
 
 
 def _workers(config: Config) -> _Wrong:
@@ -46,11 +41,8 @@ def _workers(config: Config) -> _Wrong:
 
 
 def _pool_max_conns(config: Config) -> _Wrong:
-    most, workers, allowed = (
-        config.settings.pool_max_conns,
-        config.settings.worker_count(),
-        config.server.max_connections,
-    )
+    most, workers = config.settings.pool_max_conns, config.settings.worker_count()
+    allowed = config.server.max_connections
     if most < workers:
         text = f"{most} are fewer than workers, each needs one ({workers})"
         return text, "lower ferretdb.workers or raise ferretdb.pool_max_conns"
@@ -74,3 +66,10 @@ def _cursor_timeout(config: Config) -> _Wrong:
         f"{kept / SECOND:g} s are more than documentdb.defaultCursorExpiryTimeLimitSeconds ({removed_after})",
         "sorted and grouped results end after that, when pg_cron removes their files; 3600 is the most there can be",
     )
+
+
+def _python(config: Config) -> _Wrong:
+    python = config.settings.python
+    if os.access(python, os.X_OK):
+        return None
+    return f'cannot execute "{python}"', "the running supervisor goes on; the next one could not start"

@@ -57,7 +57,7 @@ class Intake:
         vetting = self._vetting
         if vetting is None or not vetting.done():
             return None
-        self._forget()
+        self._forget(vetting)
         try:
             return vetting.result()
         except RuntimeError:
@@ -88,10 +88,9 @@ class Intake:
         """Check nothing any more."""
         self._next = None
         if vetting := self._vetting:
-            self._forget()
+            self._forget(vetting)
             vetting.end()
 
-    def _forget(self) -> None:
-        if self._vetting:
-            self._watch.remove(self._vetting.socket)
-            self._vetting = None
+    def _forget(self, vetting: Vetting) -> None:
+        self._watch.remove(vetting.socket)
+        self._vetting = None

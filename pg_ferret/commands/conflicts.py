@@ -9,6 +9,7 @@ import time
 from typing import Final
 from weakref import WeakValueDictionary
 
+from pg_ferret.commands.write_errors import namespace
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.engine.sqlstate import CONFLICTS
@@ -21,7 +22,7 @@ _MOST_TRIES: Final = 10
 _FIRST_PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 0.5
 # Of each namespace one write at a time is made again: otherwise those that were in a deadlock meet again.
-_turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
 
 async def repeat(error: EngineError, call: Call, params: Params, request: Request, client: Client) -> Row:
@@ -34,9 +35,7 @@ async def repeat(error: EngineError, call: Call, params: Params, request: Reques
         raise error
     limit = (request.integer(b"maxTimeMS") or 0) / 1000 or math.inf
     deadline = time.monotonic() + limit
-    namespace = (params[0] or b"", request.string(request.name) or b"")
-    turn = _turns.setdefault(b".".join(map(bytes, namespace)), asyncio.Lock())
-    async with turn:
+    async with _turns.setdefault(namespace(request), asyncio.Lock()):
         for number in range(_MOST_TRIES):
             await asyncio.sleep(random.random() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number))
             if time.monotonic() > deadline:
@@ -44,7 +43,7 @@ async def repeat(error: EngineError, call: Call, params: Params, request: Reques
             try:
                 return await client.services.engine.write(call, params)
             except EngineError as another:
+                if another.sqlstate not in CONFLICTS:
+                    raise
                 error = another
-            if error.sqlstate not in CONFLICTS:
-                break
     raise error

@@ -10,7 +10,7 @@ from pg_ferret.commands import conflicts, write_errors
 from pg_ferret.commands.arguments import Namespace, as_it_came, collection, database, session, spec
 from pg_ferret.engine import calls
 from pg_ferret.engine.lines import Shared
-from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
@@ -32,7 +32,6 @@ _SMALL_BYTES = 4096
 _ID_TYPES = frozenset(
     (bson.DOUBLE, bson.STRING, bson.BINARY, bson.OBJECT_ID, bson.BOOL, bson.DATE, bson.INT32, bson.INT64)
 )
-_NO_FIELD = (0, 0, 0)
 # Of a statement that finds its document by _id: {q: {_id: …
 _STATEMENT_HEAD_BYTES = 16
 # Of an array: its first item, a document.
@@ -109,7 +108,7 @@ def _look_at(request: Request) -> _Find:
         or (b"batchSize" in fields and not whole)
     ):
         span = None
-    return _Find(db, Namespace.of(request), as_it_came(request), span, whole, fields.get(b"limit", _NO_FIELD))
+    return _Find(db, Namespace.of(request), as_it_came(request), span, whole, fields.get(b"limit", bson.MISSING))
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")
@@ -201,7 +200,7 @@ def _single(request: Request, statements: bytes, sequence: memoryview | None) ->
     if sequence is not None:
         head, size = bytes(sequence[:_STATEMENT_HEAD_BYTES]), len(sequence)
     else:
-        kind, start, end = request.fields.get(statements, _NO_FIELD)
+        kind, start, end = request.fields.get(statements, bson.MISSING)
         at = start + len(_FIRST_ITEM) + 4
         if kind != bson.ARRAY or request.frame[start + 4 : at] != _FIRST_ITEM:
             return False
@@ -220,12 +219,9 @@ def _by_id(data: bytes, at: int) -> bool:
 async def find_and_modify(request: Request, client: Client) -> bytes:
     params = (database(request), spec(request))
     try:
-        try:
-            reply, _, _ = await _find_and_modify(params, request, client)
-        except EngineError as error:
-            reply, _, _ = await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
+        reply, _, _ = await _find_and_modify(params, request, client)
     except EngineError as error:
-        raise await write_errors.explained(error, request, client) from None
+        reply, _, _ = await _modify_again(error, params, request, client)
     assert reply is not None
     if reply.find(_FOUND_NOTHING, 0, _HEAD_BYTES) >= 0:
         return reply.replace(_FOUND_NOTHING, _FOUND_ONE, 1)
@@ -235,9 +231,17 @@ async def find_and_modify(request: Request, client: Client) -> bytes:
 def _find_and_modify(params: tuple[bytes, bytes | memoryview], request: Request, client: Client) -> Awaitable[Row]:
     engine = client.services.engine
     fields, frame = request.fields, request.frame
-    kind, start, _ = fields.get(b"query", _NO_FIELD)
+    kind, start, _ = fields.get(b"query", bson.MISSING)
     if kind == bson.DOCUMENT and _by_id(frame, start) and len(frame) <= _SMALL_BYTES and _NOT_ALONE.isdisjoint(fields):
         namespace = params[0] + b"." + collection(request)
         write = Shared(calls.FIND_AND_MODIFY, (*params, calls.TRUE), namespace, hash((b"findAndModify", namespace)))
         return engine.writes.share(write)
     return engine.write(calls.FIND_AND_MODIFY, params)
+
+
+async def _modify_again(error: EngineError, params: Params, request: Request, client: Client) -> Row:
+    """The same once more for one that has failed; raises CommandError in MongoDB's words."""
+    try:
+        return await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
+    except EngineError as refused:
+        raise await write_errors.explained(refused, request, client) from None

@@ -18,7 +18,6 @@ from pg_ferret.wire.message import Request
 
 # The engine's CursorNotFound: its file has gone.
 _GONE = "M000E"
-_NO_SIZE = (0, 0, 0)
 # The beginning of the command that opened a streaming cursor, in its continuation: the filter's first condition, say.
 _COMMAND = slice(29, 97)
 _int64 = Struct("<q").unpack_from
@@ -85,7 +84,7 @@ def _look_at(request: Request) -> _GetMore:
     if kind != bson.INT64:
         raise CommandError(14, "Field 'getMore' must be of type long")
     db = database(request)
-    size = request.fields.get(b"batchSize", _NO_SIZE)
+    size = request.fields.get(b"batchSize", bson.MISSING)
     return _GetMore(db, Namespace.of(request, b"collection"), as_it_came(request), start, size)
 
 

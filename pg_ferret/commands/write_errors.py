@@ -112,7 +112,7 @@ class _Statements:
     def __init__(self, request: Request, name: bytes) -> None:
         self._are_documents = name == b"documents"
         sequence = request.sequences.get(name)
-        kind, start, end = request.fields.get(name, (bson.NULL, 0, 0))
+        kind, start, end = request.fields.get(name, bson.MISSING)
         self._items: list[memoryview] = []
         if sequence is not None:
             self._items = list(bson.split_sequence(sequence))

@@ -26,7 +26,7 @@ from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
 from pg_ferret.engine.scheduling import schedule
-from pg_ferret.engine.shared import Costs, Reads, SharedLine, opens_cursor
+from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
@@ -313,7 +313,8 @@ class Pool:
             request = self._wait(read.call, read.params, None)
             row = await request.waiter
             started = request.started
-        self._costs.note(read.shape, math.inf if opens_cursor(row) else self._loop.time() - started)
+        opens_cursor = read.call is FIND and row[1] is not None
+        self._costs.note(read.shape, math.inf if opens_cursor else self._loop.time() - started)
         if lines.due:
             self._want(lines)
         return row

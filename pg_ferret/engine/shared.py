@@ -17,7 +17,7 @@ import psycopg
 from psycopg import pq
 
 from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import Call
+from pg_ferret.engine.calls import FIND, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, PIPELINE_ABORTED, PIPELINE_SYNC, TUPLES_OK, Row, Session
 from pg_ferret.errors import EngineLostError
@@ -26,8 +26,6 @@ from pg_ferret.errors import EngineLostError
 CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
 _MOST_WAITING = 128
-# A first page comes with the cursor's id, the next ones do not.
-_FIRST_PAGE_COLUMNS = 3
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
 
@@ -56,11 +54,6 @@ class Costs:
         if len(now) >= _MOST_SHAPES:
             now.clear()
         now.add(shape)
-
-
-def opens_cursor(row: Row) -> bool:
-    """Whether a read that might have shared a connection goes on: others like it are not to do so."""
-    return len(row) == _FIRST_PAGE_COLUMNS and row[1] is not None
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]
@@ -153,7 +146,7 @@ class SharedLine(Line):
             page, following = get(0, 0), get(0, 1)
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
-            if following is not None and result.nfields == _FIRST_PAGE_COLUMNS:
+            if following is not None and read.call is FIND:
                 # Behind others in a batch the engine keeps the cursor no longer than the batch lasts.
                 self._costs.note(read.shape, math.inf)
                 self._elsewhere(read, waiter)

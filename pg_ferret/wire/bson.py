@@ -27,6 +27,8 @@ INT64: Final = 0x12
 Buffer = bytes | bytearray | memoryview
 # A value: its type, the offset of its first byte, the offset just behind its last.
 Span = tuple[int, int, int]
+# The span of a field that is not there: of no type, and empty.
+MISSING: Final[Span] = (0, 0, 0)
 
 _INT32 = Struct("<i")
 _INT64 = Struct("<q")

@@ -388,11 +388,9 @@ def test_fewer_workers_do_not_take_more_connections(new_cluster: NewCluster) -> 
 def test_what_is_not_in_force_is_told_with_its_reason(new_cluster: NewCluster) -> None:
     cluster = new_cluster()
     assert cluster.psql("table ferretdb.settings_errors") == []
+    timeout = "ferretdb.cursor_timeout", "600000"
     expected = {
-        (
-            "ferretdb.cursor_timeout",
-            "600000",
-        ): "600 s are more than documentdb.defaultCursorExpiryTimeLimitSeconds (60)",
+        timeout: "600 s are more than documentdb.defaultCursorExpiryTimeLimitSeconds (60)",
         ("ferretdb.log_level", "loud"): "setting could not be applied, it is one of debug, info, warning, error",
         ("ferretdb.max_workers", "65"): "takes effect when PostgreSQL is restarted",
         ("ferretdb.worker_timeout", "1ms"): "setting could not be applied, the range is 1000 .. 3600000 ms",
@@ -400,7 +398,7 @@ def test_what_is_not_in_force_is_told_with_its_reason(new_cluster: NewCluster) -
     }
     with (cluster.data / "postgresql.conf").open("a") as file:
         file.write("documentdb.defaultCursorExpiryTimeLimitSeconds = 60\n")
-        file.writelines(f"{name} = '{value}'\n" for name, value in expected if name != "ferretdb.cursor_timeout")
+        file.writelines(f"{name} = '{value}'\n" for name, value in expected if name != timeout[0])
     cluster.psql("select pg_reload_conf()")
 
     def told() -> dict[tuple[str, str], str]:

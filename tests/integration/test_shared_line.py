@@ -28,8 +28,6 @@ from tests.integration.pools import PATIENCE_SECONDS, MakePool, active, locked, 
 Document = dict[str, Any]
 _SHAPE = 1
 _PAGE = 2
-# A view of so many documents of each _id that they do not fit into a first page.
-MANY_OF_AN_ID = [{"$set": {"of": {"$range": [0, 150]}}}, {"$unwind": "$of"}]
 
 
 @pytest.fixture
@@ -39,6 +37,14 @@ def make_pool(cluster: Cluster, client: MongoClient[Document]) -> MakePool:
         client.line[name].drop()
         client.line[name].insert_many([{"_id": number, "s": "a"} for number in range(10)])
     return partial(opened_pool, cluster)
+
+
+@pytest.fixture
+def view(client: MongoClient[Document], make_pool: MakePool) -> None:
+    """A view ``v`` of so many documents of each ``_id`` that they do not fit into a first page."""
+    client.line.drop_collection("v")
+    pipeline = [{"$set": {"of": {"$range": [0, 150]}}}, {"$unwind": "$of"}]
+    client.line.create_collection("v", viewOn="c", pipeline=pipeline)
 
 
 def find(number: int, collection: str = "c", condition: object = None) -> Shared:
@@ -106,9 +112,8 @@ async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(mak
         assert pool.size <= 4
 
 
-async def test_a_read_that_opens_a_cursor_leaves_the_line(client: MongoClient[Document], make_pool: MakePool) -> None:
-    client.line.drop_collection("v")
-    client.line.create_collection("v", viewOn="c", pipeline=MANY_OF_AN_ID)
+@pytest.mark.usefixtures("view")
+async def test_a_read_that_opens_a_cursor_leaves_the_line(make_pool: MakePool) -> None:
     command = encode({"find": "v", "filter": {"_id": 1}, "$db": "line"})
     wanted = Shared(calls.FIND, (b"line", command), b"line.v", _SHAPE)
     async with make_pool(6) as pool:
@@ -132,11 +137,8 @@ async def test_a_read_that_opens_a_cursor_leaves_the_line(client: MongoClient[Do
             assert (await alone)[1] is not None
 
 
-def test_cursors_of_reads_by_id_are_whole_among_other_clients(
-    client: MongoClient[Document], make_pool: MakePool
-) -> None:
-    client.line.drop_collection("v")
-    client.line.create_collection("v", viewOn="c", pipeline=MANY_OF_AN_ID)
+@pytest.mark.usefixtures("view")
+def test_cursors_of_reads_by_id_are_whole_among_other_clients(client: MongoClient[Document]) -> None:
     over = threading.Event()
 
     def other(number: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from pg_ferret.engine.calls import GET_MORE
+from pg_ferret.engine.calls import FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.shared import Costs, Reads, SharedLine
@@ -19,7 +19,7 @@ _SHAPE = 1
 class Stage:
     """A line with the reads that were given up on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call = GET_MORE) -> None:
         self.loop = Loop()
         self.server = Server()
         self.elsewhere: list[Shared] = []
@@ -29,8 +29,8 @@ class Stage:
         )
         self.costs = costs = Costs()
         costs.note(_SHAPE, 0.0)
-        self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), GET_MORE, costs, owner)
-        self.reads = [Shared(GET_MORE, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
+        self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), call, costs, owner)
+        self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
         self.waiters = [self.line.add(read) for read in self.reads]
         self.loop.run()
 
@@ -83,13 +83,20 @@ def test_a_line_that_stands_still_is_given_up(stage: Stage) -> None:
     assert stage.line.waiting == 0
 
 
-def test_a_read_that_opens_a_cursor_is_made_elsewhere_and_getmore_is_not(stage: Stage) -> None:
-    stage.server.give(stage.line, row(b"page", b"more"), row(b"page", b"more", b"id"), row(b"page", None, None))
-    assert stage.waiters[0].result() == (b"page", b"more")
+def test_a_read_that_opens_a_cursor_is_made_elsewhere() -> None:
+    stage = Stage(FIND)
+    stage.server.give(stage.line, row(b"page", None, None), row(b"page", b"more", b"id"), row(b"page", None, None))
     assert stage.elsewhere == [stage.reads[1]]
     assert not stage.waiters[1].done()
     assert stage.waiters[2].result() == (b"page", None)
     assert stage.costs.slow(_SHAPE)
+
+
+def test_a_read_that_goes_on_with_a_cursor_is_not(stage: Stage) -> None:
+    stage.server.give(stage.line, row(b"page", b"more"))
+    assert stage.waiters[0].result() == (b"page", b"more")
+    assert stage.elsewhere == []
+    assert stage.costs.cheap(_SHAPE)
 
 
 def test_an_answered_batch_whose_end_is_late_is_no_stall(stage: Stage) -> None:
