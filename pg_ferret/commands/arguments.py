@@ -47,6 +47,12 @@ def _invalid_namespace(request: Request) -> CommandError:
     return CommandError(73, f"Invalid namespace specified '{database(request).decode('utf-8', 'replace')}.'")
 
 
+def namespace_text(request: Request) -> str:
+    """``database.collection`` as error texts print it."""
+    name = request.string(request.name) or b""
+    return (database(request) + b"." + name).decode("utf-8", "replace")
+
+
 class Namespace(NamedTuple):
     """Where to find the namespace in requests of one shape, whose collections' names differ but not in length."""
 
@@ -87,6 +93,11 @@ def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryvie
     if len(arrays) != len(sequences):
         raise CommandError(40413, "a document sequence has the name of a field of the command")
     return bson.document(body[4:-1], *arrays)
+
+
+def without(request: Request, name: bytes) -> bytes:
+    """The command document without one field, whatever document sequences came with it."""
+    return bson.without(request.frame, request.fields, _NOT_FOR_THE_ENGINE | {name})
 
 
 def as_it_came(request: Request) -> slice | None:

@@ -9,7 +9,9 @@ import time
 from typing import Final
 from weakref import WeakValueDictionary
 
-from pg_ferret.commands.write_errors import namespace
+import structlog
+
+from pg_ferret.commands.arguments import namespace_text
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.engine.sqlstate import CONFLICTS
@@ -17,6 +19,7 @@ from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.state.client import Client
 from pg_ferret.wire.message import Request
 
+_log = structlog.get_logger()
 _MOST_TRIES: Final = 10
 # Seconds before the next try: by chance, at most so many, twice as many each time, and never more than the second.
 _FIRST_PAUSE: Final = 0.01
@@ -35,7 +38,8 @@ async def repeat(error: EngineError, call: Call, params: Params, request: Reques
         raise error
     limit = (request.integer(b"maxTimeMS") or 0) / 1000 or math.inf
     deadline = time.monotonic() + limit
-    async with _turns.setdefault(namespace(request), asyncio.Lock()):
+    _log.info("a write that PostgreSQL rolled back is made again", namespace=namespace_text(request), error=str(error))
+    async with _turns.setdefault(namespace_text(request), asyncio.Lock()):
         for number in range(_MOST_TRIES):
             await asyncio.sleep(random.random() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number))
             if time.monotonic() > deadline:
@@ -46,4 +50,5 @@ async def repeat(error: EngineError, call: Call, params: Params, request: Reques
                 if another.sqlstate not in CONFLICTS:
                     raise
                 error = another
+    _log.warning("a write was rolled back each time", namespace=namespace_text(request), times=_MOST_TRIES + 1)
     raise error

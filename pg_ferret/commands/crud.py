@@ -6,11 +6,14 @@ import time
 from collections.abc import Awaitable
 from typing import NamedTuple
 
-from pg_ferret.commands import conflicts, write_errors
+from pg_ferret.commands import conflicts, documents, upserts, write_errors
 from pg_ferret.commands.arguments import Namespace, as_it_came, collection, database, session, spec
+from pg_ferret.commands.duplicates import Keys
+from pg_ferret.commands.statements import Statement
 from pg_ferret.engine import calls
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Params, Row
+from pg_ferret.engine.sqlstate import translate
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
@@ -20,7 +23,9 @@ from pg_ferret.wire.message import Request
 
 # Reads that take a while or change the session while they run.
 _FLAGS = frozenset((b"tailable", b"singleBatch"))
-_ALONE = frozenset((b"sort", b"skip", b"maxTimeMS", b"collation", b"hint", b"min", b"max"))
+_ALONE = frozenset((b"sort", b"skip", b"maxTimeMS", b"collation", b"hint"))
+# The engine takes them and does not look at them.
+_IGNORED = frozenset((b"min", b"max"))
 _FOR_EVER = float("inf")
 # A findAndModify that found its document and changed nothing: the engine says that it found none.
 _FOUND_NOTHING = b"\x10n\0\0\0\0\0\x08updatedExisting\0\0\0\x03value\0"
@@ -95,8 +100,10 @@ async def find(request: Request, client: Client) -> bytes:
 def _look_at(request: Request) -> _Find:
     if b"tailable" in request.fields and request.true(b"tailable"):
         raise CommandError(2, "error processing query: tailable cursor requested on non capped collection")
-    db = database(request)
     fields = request.fields
+    if ignored := _IGNORED & fields.keys():
+        raise CommandError(115, f"find with {min(ignored).decode()} is not supported")
+    db = database(request)
     span = fields.get(b"filter")
     whole = request.true(b"singleBatch")
     # It must leave nothing behind on the connection, no cursor and no time limit.  What finds one document at most
@@ -241,7 +248,17 @@ def _find_and_modify(params: tuple[bytes, bytes | memoryview], request: Request,
 
 async def _modify_again(error: EngineError, params: Params, request: Request, client: Client) -> Row:
     """The same once more for one that has failed; raises CommandError in MongoDB's words."""
-    try:
-        return await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
-    except EngineError as refused:
-        raise await write_errors.explained(refused, request, client) from None
+    statement = Statement.of_find_and_modify(documents.decode(request.body))
+    keys = Keys(request, client)
+    for _ in range(upserts.MOST_TRIES):
+        try:
+            return await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
+        except EngineError as refused:
+            error = refused
+        if not await upserts.lost(*translate(error.sqlstate, error.message), statement, keys):
+            break
+        try:
+            return await client.services.engine.write(calls.FIND_AND_MODIFY, params)
+        except EngineError as another:
+            error = another
+    raise await write_errors.explained(error, statement, keys)

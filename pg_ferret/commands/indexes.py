@@ -10,7 +10,7 @@ from bson import encode
 
 from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import collection, database, spec, timeout
-from pg_ferret.commands.write_errors import INDEX_NAME, namespace, unpacked
+from pg_ferret.commands.duplicates import description, named_index
 from pg_ferret.engine import calls, sqlstate
 from pg_ferret.errors import CommandError
 from pg_ferret.registry import command
@@ -56,15 +56,19 @@ def _unwrap(reply: bytes | None, request: Request) -> dict[str, object]:
     document = documents.decode(reply or b"")
     result = document.get("raw", {}).get("defaultShard", document)
     if not result.get("ok") or "errmsg" in result:
-        raise _build_error(*unpacked(result.get("code", 1), result.get("errmsg", "index build failed")), request)
+        raise _build_error(*sqlstate.unpack(result.get("code", 1), result.get("errmsg", "index build failed")), request)
     return {**result, "ok": 1.0}
 
 
 def _build_error(code: int, message: str, request: Request) -> CommandError:
-    found = INDEX_NAME.search(message)
-    if code == sqlstate.DUPLICATE_KEY and found:
-        message = f"E11000 duplicate key error collection: {namespace(request)} index: {found[1]}"
-    return CommandError(code, message)
+    name = named_index(message)
+    if code != sqlstate.DUPLICATE_KEY or name is None:
+        return CommandError(code, message)
+    wanted = documents.decode(request.body).get("indexes", ())
+    patterns = {index.get("name"): index.get("key") for index in wanted if isinstance(index, Mapping)}
+    described = description(request, name, patterns.get(name) or {})
+    text = described.pop("errmsg")
+    return CommandError(code, text, details=encode(described)[4:-1])
 
 
 @command("dropIndexes", "deleteIndexes", help="Drops indexes.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from pg_ferret import codes
@@ -19,6 +20,9 @@ CONFLICTS: Final = frozenset({"40001", "40P01"})
 EXTENSION_MISSING = (
     "documentdb and pg_ferret are not both installed as extensions in ferretdb.database; see ferretdb.status"
 )
+_SQLSTATE: Final = re.compile(r"[0-9A-Z]{5}")
+# Smaller ones would be of the classes 10 to 90, second digit 0, which there are not.
+_SMALLEST_PACKED: Final = 64
 _UNKNOWN_FIELD = ("is an unknown field", "is not a recognized field")
 # SQLSTATE -> code; None as text: the engine's message is fit for clients.
 _TABLE: dict[str, tuple[int, str | None]] = {
@@ -55,6 +59,14 @@ _TABLE: dict[str, tuple[int, str | None]] = {
     "57P02": (91, "PostgreSQL is restarting after a crash"),
     "57P03": (91, "PostgreSQL is starting up or shutting down"),
 }
+
+
+def unpack(code: int, message: str) -> tuple[int, str]:
+    """MongoDB's code and message for a ``code`` in a reply of the engine, which may be a packed SQLSTATE."""
+    sqlstate = packed(code)
+    return (
+        translate(sqlstate, message) if code >= _SMALLEST_PACKED and _SQLSTATE.fullmatch(sqlstate) else (code, message)
+    )
 
 
 def packed(code: int) -> str:
