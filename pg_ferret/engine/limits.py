@@ -43,6 +43,8 @@ def conninfo(config: Config) -> str:
         "documentdb_core.enableCollation": "on",
         # Raised, and so the whole command is rolled back and can be made again.
         "documentdb.throwDeadlockOnCRUD": "on",
+        # Until then those of a deadlock stand still, and who has many clients for few documents has many of them.
+        "deadlock_timeout": "100ms",
         # createIndexes makes the backend connect to itself; TCP would need a password.
         "documentdb.localhost_connection_string": f"host={host}",
         # A NOTICE for every collection made implicitly helps nobody.

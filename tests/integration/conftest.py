@@ -63,7 +63,8 @@ def configuration(cluster: Cluster, **settings: Any) -> Config:
 @pytest.fixture(scope="session")
 def shared_cluster() -> Iterator[Cluster]:
     """The session's server with four workers; tests take ``cluster``."""
-    cluster = _made({"ferretdb.workers": str(WORKERS)}, preload=True)
+    # The gateway does not wait for what the server was told about deadlocks.
+    cluster = _made({"ferretdb.workers": str(WORKERS), "deadlock_timeout": "60s"}, preload=True)
     yield cluster
     cluster.destroy()
 
