@@ -6,6 +6,7 @@ import structlog
 
 import pg_ferret.commands  # noqa: F401  (fills the registry)
 from pg_ferret import codes
+from pg_ferret.commands.concerns import check_concerns
 from pg_ferret.engine.sqlstate import TROUBLE, command_error
 from pg_ferret.errors import CommandError, EngineError, EngineLostError, ProtocolError
 from pg_ferret.registry import COMMANDS, MISSING, Command
@@ -15,6 +16,7 @@ from pg_ferret.wire.message import Request, parse, reply, reply_head
 
 _log = structlog.get_logger()
 _GATED = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
+_AUTHENTICATION = frozenset((b"authenticate", b"getnonce", b"saslContinue", b"saslStart"))
 _LEGACY_COMMANDS = frozenset((b"hello", b"isMaster", b"ismaster"))
 
 
@@ -59,6 +61,7 @@ def _admitted(request: Request) -> Command:
     if not _GATED.isdisjoint(request.fields):
         # Never run as if it were in a transaction: MongoDB's standalone servers refuse in these words.
         raise CommandError(20, "Transaction numbers are only allowed on a replica set member or mongos")
+    check_concerns(request)
     if request.legacy and request.name not in _LEGACY_COMMANDS:
         raise CommandError(352, f"Unsupported OP_QUERY command: {command.name}")
     if command.admin_only and request.string(b"$db") != b"admin":
@@ -95,6 +98,8 @@ def describe(frame: bytes) -> str:
 
 def _no_such_command(name: bytes) -> CommandError:
     text = _printable(name)
+    if name in _AUTHENTICATION:
+        return CommandError(238, "pg_ferret has no authentication yet: connect without user and password")
     if name in MISSING:
         return CommandError(238, f"Command {text} is not implemented yet")
     return CommandError(59, f"no such command: '{text}'")

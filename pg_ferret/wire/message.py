@@ -98,6 +98,8 @@ class _Shape:
             # What a value's size follows from stays fixed, and so do top-level strings and booleans, which are options,
             # but not the name of a collection: there may be tens of thousands.
             first, last = start - _FIXED_FROM, end - _FIXED_FROM
+            if field in _OPTIONS:
+                continue
             if kind in (bson.DOCUMENT, bson.ARRAY) or (kind == bson.STRING and field in (request.name, b"collection")):
                 free[first + 4 : last - 1] = bytes(last - first - 5)
             elif kind in _OPEN_TYPES:
@@ -143,6 +145,8 @@ class Shapes:
         request.memo = shape.memo
 
 
+# They say how a command is to be run: looked at once for all messages that say the same.
+_OPTIONS: Final = frozenset((b"readConcern", b"writeConcern"))
 _FIXED_FROM: Final = 12  # behind the ids: opcode, flags, section kind and body
 _OPEN_TYPES: Final = frozenset((bson.DOUBLE, bson.DATE, bson.INT32, bson.INT64, bson.OBJECT_ID, 0x11, 0x13))
 _LONGEST_SHAPE: Final = 1024

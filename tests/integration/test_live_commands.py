@@ -14,6 +14,9 @@ from pymongo import MongoClient, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure
 
+from dev.cluster import Cluster
+from tests.integration.conftest import CLIENT_OPTIONS
+
 Document = dict[str, Any]
 
 
@@ -108,11 +111,60 @@ def test_refusals(client: MongoClient[Document], database: Database[Document]) -
     assert code_of(database, {"explain": {"find": "c"}}) == 238
     assert code_of(database, {"find": "c", "unknownField": 1}) == 40415
     assert code_of(database, {"find": "c", "tailable": True}) == 2
+    assert code_of(database, {"find": "c", "min": {"_id": 1}, "hint": {"_id": 1}}) == 115
     assert code_of(database, {"listDatabases": 1}) == 13
     with client.start_session() as session, pytest.raises(OperationFailure) as failure, session.start_transaction():
         database.c.insert_one({"_id": 1}, session=session)
     assert failure.value.code == 20
     assert database.c.count_documents({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"writeConcern": {"w": 1}}, None),
+        ({"writeConcern": {"w": "majority", "j": True, "wtimeout": 1000}}, None),
+        ({"writeConcern": {"w": 2}}, 2),
+        ({"writeConcern": {"w": "tag"}}, 2),
+        ({"writeConcern": {"w": -1}}, 9),
+        ({"writeConcern": {"w": 51}}, 9),
+        ({"writeConcern": 1}, 14),
+        ({"readConcern": {"level": "majority"}}, None),
+        ({"readConcern": {}}, None),
+        ({"readConcern": {"level": "linearizable"}}, 123),
+        ({"readConcern": {"level": "snapshot"}}, 123),
+        ({"readConcern": {"level": "nonsense"}}, 2),
+        ({"readConcern": {"level": 1}}, 14),
+    ],
+)
+def test_what_a_single_server_cannot_promise_is_refused(
+    database: Database[Document], options: Document, code: int | None
+) -> None:
+    command: Document = (
+        {"find": "c"} if "readConcern" in options else {"insert": "c", "documents": [{"x": 1}]}
+    ) | options
+    for _ in range(2):  # the second one is known by its shape
+        if code is None:
+            assert database.command(command)["ok"] == 1.0
+        else:
+            assert code_of(database, command) == code
+    assert database.c.count_documents({}) == (2 if "insert" in command and code is None else 0)
+
+
+def test_a_concern_is_looked_at_though_another_of_its_length_was_kept(database: Database[Document]) -> None:
+    for w, code in ((1, None), (2, 2), (1, None)):
+        command = {"insert": "c", "documents": [{"x": 1}], "writeConcern": {"w": w}}
+        if code is None:
+            database.command(command)
+        else:
+            assert code_of(database, command) == code
+
+
+def test_who_brings_a_password_is_told_that_there_are_none(cluster: Cluster) -> None:
+    uri = cluster.uri.replace("mongodb://", "mongodb://user:secret@")
+    with MongoClient[Document](uri, **CLIENT_OPTIONS) as client, pytest.raises(OperationFailure) as failure:
+        client.test.command("ping")
+    assert "no authentication yet" in str(failure.value)
 
 
 def test_duplicate_keys_are_told_as_mongodb_tells_them(database: Database[Document]) -> None:
