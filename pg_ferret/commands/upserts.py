@@ -30,7 +30,10 @@ async def lost(code: int, message: str, statement: Statement, keys: Keys) -> boo
     """Whether this error of an upsert means only that somebody else was quicker."""
     if code != sqlstate.DUPLICATE_KEY or not statement.upsert:
         return False
-    _, pattern = await keys.index(message)
+    try:
+        _, pattern = await keys.index(message)
+    except EngineError:
+        return False  # what was written must be acknowledged all the same
     return bool(pattern) and statement.raced(pattern)
 
 
