@@ -7,6 +7,7 @@ import structlog
 import pg_ferret.commands  # noqa: F401  (fills the registry)
 from pg_ferret import codes
 from pg_ferret.commands.concerns import check_concerns
+from pg_ferret.commands.stable_api import check_api
 from pg_ferret.engine.sqlstate import TROUBLE, command_error
 from pg_ferret.errors import CommandError, EngineError, EngineLostError, ProtocolError
 from pg_ferret.registry import COMMANDS, MISSING, Command
@@ -16,7 +17,7 @@ from pg_ferret.wire.message import Request, parse, reply, reply_head
 
 _log = structlog.get_logger()
 _GATED = frozenset((b"startTransaction", b"autocommit", b"txnNumber"))
-_AUTHENTICATION = frozenset((b"authenticate", b"getnonce", b"saslContinue", b"saslStart"))
+_AUTHENTICATION = frozenset((b"authenticate", b"getnonce", b"logout", b"saslContinue", b"saslStart"))
 _LEGACY_COMMANDS = frozenset((b"hello", b"isMaster", b"ismaster"))
 
 
@@ -61,6 +62,7 @@ def _admitted(request: Request) -> Command:
     if not _GATED.isdisjoint(request.fields):
         # Never run as if it were in a transaction: MongoDB's standalone servers refuse in these words.
         raise CommandError(20, "Transaction numbers are only allowed on a replica set member or mongos")
+    check_api(request, command)
     check_concerns(request)
     if request.legacy and request.name not in _LEGACY_COMMANDS:
         raise CommandError(352, f"Unsupported OP_QUERY command: {command.name}")

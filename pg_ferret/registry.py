@@ -31,7 +31,7 @@ MISSING: frozenset[bytes] = frozenset(
     features filemd5 fsync fsyncUnlock getAuditConfig getClusterParameter getDefaultRWConcern getDiagnosticData
     getnonce getShardMap grantPrivilegesToRole grantRolesToRole grantRolesToUser invalidateUserCache isdbgrid
     killAllSessions killAllSessionsByPattern killOp killSessions listSearchIndexes listSessions listShards
-    lockInfo logRotate mapReduce moveChunk planCacheClear planCacheClearFilters planCacheListFilters
+    lockInfo logRotate logout mapReduce moveChunk planCacheClear planCacheClearFilters planCacheListFilters
     planCacheSetFilter prepareTransaction profile reIndex replSetGetConfig replSetGetStatus replSetInitiate
     reshardCollection revokePrivilegesFromRole revokeRolesFromRole revokeRolesFromUser rolesInfo
     rotateCertificates saslContinue saslStart serverStatusSections setAuditConfig setClusterParameter

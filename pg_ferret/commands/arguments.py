@@ -13,6 +13,8 @@ _NOT_FOR_THE_ENGINE = frozenset(
     b"""stmtIds $audit $client $configServerState $queryOptions encryptionInformation mayBypassWriteBlocking
     maxAwaitTimeMS rawData querySettings""".split()
 )
+# Empty ones are as good as none, and the engine refuses them.
+_NOTHING_IF_EMPTY = frozenset((b"collation", b"hint", b"max", b"min", b"sort"))
 # MongoDB's limits: 63 bytes, and 255 for the whole namespace.
 _MAX_DATABASE_BYTES = 63
 _MAX_COLLECTION_BYTES = 255
@@ -82,9 +84,10 @@ def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryvie
     sequences = request.sequences
     if sequences and besides in sequences:
         sequences = {name: data for name, data in sequences.items() if name != besides}
-    if not sequences and _NOT_FOR_THE_ENGINE.isdisjoint(request.fields):
+    unwanted = _unwanted(request)
+    if not sequences and not unwanted:
         return request.body
-    body = bson.without(request.frame, request.fields, _NOT_FOR_THE_ENGINE)
+    body = bson.without(request.frame, request.fields, unwanted)
     arrays = [
         bson.array(name, bson.DOCUMENT, [bytes(item) for item in bson.split_sequence(data)])
         for name, data in sequences.items()
@@ -95,17 +98,20 @@ def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryvie
     return bson.document(body[4:-1], *arrays)
 
 
-def without(request: Request, name: bytes) -> bytes:
-    """The command document without one field, whatever document sequences came with it."""
-    return bson.without(request.frame, request.fields, _NOT_FOR_THE_ENGINE | {name})
-
-
 def as_it_came(request: Request) -> slice | None:
     """Where the frame has what the engine can be given as it came, apart from document sequences; None: see `spec`.
 
     The same for all requests of a shape.
     """
-    return slice(request.start, request.end) if _NOT_FOR_THE_ENGINE.isdisjoint(request.fields) else None
+    return None if _unwanted(request) else slice(request.start, request.end)
+
+
+def _unwanted(request: Request) -> set[bytes]:
+    """The fields that the engine is not to see; the same for all requests of a shape."""
+    fields = request.fields
+    return {name for name in _NOTHING_IF_EMPTY & fields.keys() if bson.is_empty(fields[name])} | (
+        _NOT_FOR_THE_ENGINE & fields.keys()
+    )
 
 
 def timeout(request: Request) -> bytes | None:

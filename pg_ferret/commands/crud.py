@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Awaitable
 from typing import NamedTuple
@@ -9,11 +10,12 @@ from typing import NamedTuple
 from pg_ferret.commands import conflicts, documents, upserts, write_errors
 from pg_ferret.commands.arguments import Namespace, as_it_came, collection, database, session, spec
 from pg_ferret.commands.duplicates import Keys
+from pg_ferret.commands.pipelines import Output
 from pg_ferret.commands.statements import Statement
 from pg_ferret.engine import calls
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Params, Row
-from pg_ferret.engine.sqlstate import translate
+from pg_ferret.engine.sqlstate import DUPLICATE_KEY, translate
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
@@ -101,8 +103,9 @@ def _look_at(request: Request) -> _Find:
     if b"tailable" in request.fields and request.true(b"tailable"):
         raise CommandError(2, "error processing query: tailable cursor requested on non capped collection")
     fields = request.fields
-    if ignored := _IGNORED & fields.keys():
-        raise CommandError(115, f"find with {min(ignored).decode()} is not supported")
+    for name in _IGNORED & fields.keys():
+        if not bson.is_empty(fields[name]):
+            raise CommandError(115, f"find with {name.decode()} is not supported")
     db = database(request)
     span = fields.get(b"filter")
     whole = request.true(b"singleBatch")
@@ -125,8 +128,21 @@ async def aggregate(request: Request, client: Client) -> bytes:
     db = database(request)
     # {aggregate: 1} runs on the database itself.
     name = b"$cmd.aggregate" if request.integer(b"aggregate") == 1 else collection(request)
-    row = await client.services.engine.call(calls.AGGREGATE, (db, spec(request)))
+    if name == b"$cmd.aggregate" and (output := Output.of(request)) is not None and output.stage == "$merge":
+        raise CommandError(115, "$merge is only supported in the aggregation of a collection")  # it would write nothing
+    try:
+        row = await client.services.engine.call(calls.AGGREGATE, (db, spec(request)))
+    except EngineError as error:
+        raise await _output_refused(error, request, client) from None
     return _page(row, db + b"." + name, request, client)
+
+
+async def _output_refused(error: EngineError, request: Request, client: Client) -> CommandError | EngineError:
+    """An aggregation's error; what it was to write may be in the collection already."""
+    output = Output.of(request)
+    if output is None:
+        return error
+    return await write_errors.explained(error, None, Keys(output.db, output.collection, client))
 
 
 @command("count", help="Counts the documents that match a query.")
@@ -199,6 +215,10 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     assert reply is not None
     if success == b"\x01":
         return reply
+    if call is calls.UPDATE:
+        reply, well = await upserts.settle(reply, (db, body, sequence), request, client)
+        if well:
+            return reply
     return await write_errors.rebuild(reply, statements, request, client)
 
 
@@ -247,18 +267,21 @@ def _find_and_modify(params: tuple[bytes, bytes | memoryview], request: Request,
 
 
 async def _modify_again(error: EngineError, params: Params, request: Request, client: Client) -> Row:
-    """The same once more for one that has failed; raises CommandError in MongoDB's words."""
-    statement = Statement.of_find_and_modify(documents.decode(request.body))
-    keys = Keys(request, client)
-    for _ in range(upserts.MOST_TRIES):
+    """The same once more for one that has failed; raises EngineError, or CommandError in MongoDB's words."""
+    for number in itertools.count():
         try:
             return await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
         except EngineError as refused:
             error = refused
-        if not await upserts.lost(*translate(error.sqlstate, error.message), statement, keys):
+        code, message = translate(error.sqlstate, error.message)
+        if code != DUPLICATE_KEY:
             break
+        statement = Statement.of_find_and_modify(documents.decode(request.body))
+        keys = Keys.of(request, client)
+        if number == upserts.MOST_TRIES or not await upserts.lost_race(message, statement, keys):
+            raise await write_errors.explained(error, statement, keys)
         try:
             return await client.services.engine.write(calls.FIND_AND_MODIFY, params)
         except EngineError as another:
             error = another
-    raise await write_errors.explained(error, statement, keys)
+    raise error

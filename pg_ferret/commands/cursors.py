@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from struct import Struct
 from typing import NamedTuple
@@ -63,6 +64,9 @@ async def get_more(request: Request, client: Client) -> bytes:
             shape = hash((namespace, frame[size_start:size_end], continuation[_COMMAND]))
             read = Shared(calls.GET_MORE, (db, body, continuation), namespace, shape)
             page, following = await services.engine.get_mores.share(read)
+        elif not continuation:
+            services.cursors.remove([cursor_id])
+            raise CommandError(175, f"collection dropped or renamed: {namespace.decode('utf-8', 'replace')}")
         else:
             page, following = await services.engine.call(calls.GET_MORE, (db, body, continuation))
     except EngineError as error:
@@ -128,6 +132,20 @@ async def end(cursor_ids: list[int], services: Services) -> list[int]:
     if gone:
         await services.engine.call(calls.DELETE_CURSORS, (id_array(gone),))
     return gone
+
+
+async def bereave(prefix: bytes, services: Services) -> None:
+    """End the cursors of a collection that is gone (its namespace and NUL), or of a database (its name and dot).
+
+    They would go on in whatever is made under that name.
+    """
+    position: bytes | None = b""
+    while position is not None:
+        found, position = services.cursors.of_owners(prefix, position)
+        if found:
+            services.cursors.bereave(found)
+            await services.engine.call(calls.DELETE_CURSORS, (id_array(found),))
+        await asyncio.sleep(0)
 
 
 def id_array(cursor_ids: list[int]) -> bytes:

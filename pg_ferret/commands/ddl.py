@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from operator import itemgetter
 
 from bson import encode
 
 from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import collection, database, spec, timeout
+from pg_ferret.commands.cursors import bereave
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
@@ -35,7 +37,10 @@ async def coll_mod(request: Request, client: Client) -> bytes:
 
 @command("renameCollection", help="Renames a collection.", admin_only=True)
 async def rename_collection(request: Request, client: Client) -> bytes:
-    return await _call(calls.RENAME_COLLECTION, (spec(request),), request, client)
+    reply = await _call(calls.RENAME_COLLECTION, (spec(request),), request, client)
+    for name in (request.name, b"to"):
+        await bereave((request.string(name) or b"") + b"\0", client.services)
+    return reply
 
 
 @command("drop", help="Drops a collection or a view.")
@@ -45,8 +50,10 @@ async def drop(request: Request, client: Client) -> bytes:
     dropped = await _call(calls.DROP_COLLECTION, (db, name), request, client)
     if dropped != b"\x01":
         return bson.OK_REPLY
-    namespace = (db + b"." + name).decode("utf-8", "replace")
-    return bson.document(bson.int32(b"nIndexesWas", indexes), bson.string(b"ns", namespace), bson.OK)
+    namespace = db + b"." + name
+    await bereave(namespace + b"\0", client.services)
+    text = namespace.decode("utf-8", "replace")
+    return bson.document(bson.int32(b"nIndexesWas", indexes), bson.string(b"ns", text), bson.OK)
 
 
 async def _index_count(db: bytes, name: bytes, client: Client) -> int:
@@ -63,12 +70,14 @@ async def _index_count(db: bytes, name: bytes, client: Client) -> int:
 async def drop_database(request: Request, client: Client) -> bytes:
     db = database(request)
     await client.services.engine.call(calls.DROP_DATABASE, (db,), timeout(request))
+    await bereave(db + b".", client.services)
     return bson.document(bson.string(b"dropped", db.decode("utf-8", "replace")), bson.OK)
 
 
 @command("listDatabases", help="Lists the databases.", admin_only=True)
 async def list_databases(request: Request, client: Client) -> bytes:
-    return await _call(calls.LIST_DATABASES, (spec(request),), request, client)
+    reply = documents.decode(await _call(calls.LIST_DATABASES, (spec(request),), request, client))
+    return encode(reply | {"databases": sorted(reply["databases"], key=itemgetter("name"))})
 
 
 @command("listCollections", help="Lists the collections and views of the database.")

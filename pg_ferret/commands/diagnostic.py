@@ -25,6 +25,7 @@ from pg_ferret.wire.message import Request
 _PARAMETERS: dict[str, Any] = {
     "authenticationMechanisms": [],
     "authSchemaVersion": 5,
+    "enableTestCommands": False,
     "featureCompatibilityVersion": {"version": f"{MONGODB_VERSION[0]}.{MONGODB_VERSION[1]}"},
     "quiet": False,
 }

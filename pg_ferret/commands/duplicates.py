@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pg_ferret.commands import documents
-from pg_ferret.commands.arguments import database, namespace_text
-from pg_ferret.commands.statements import UNKNOWN, Statement
+from pg_ferret.commands.arguments import database
+from pg_ferret.commands.statements import UNKNOWN, Index, Statement
 from pg_ferret.engine import calls
 from pg_ferret.errors import EngineError
 from pg_ferret.state.client import Client
@@ -20,7 +20,8 @@ from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
 _INDEX_NAME = re.compile(r"Index '(.*)'", re.DOTALL)
-# Raised errors name PostgreSQL's constraint; those of collection_pk_N are about _id.
+# Raised errors name PostgreSQL's constraint.
+_ID_CONSTRAINT = re.compile(r"constraint \"collection_pk_\d+\"")
 _CONSTRAINT = re.compile(r"constraint \"documents_rum_index_(\d+)\"")
 _ID_INDEX = "_id_"
 
@@ -28,37 +29,48 @@ _ID_INDEX = "_id_"
 class Keys:
     """Describes duplicate keys; asks for the collection's indexes at most once."""
 
-    def __init__(self, request: Request, client: Client) -> None:
-        self._request = request
+    def __init__(self, db: bytes, collection: bytes, client: Client) -> None:
+        self._db = db
+        self._collection = collection
         self._client = client
-        self._patterns: dict[str, dict[str, Any]] | None = None
+        self._indexes: dict[str, Index] | None = None
 
-    async def describe(self, message: str, statement: Statement | None) -> dict[str, Any]:
-        """errmsg, keyPattern and, if the statement tells it, keyValue of a duplicate key."""
-        index, pattern = await self.index(message)
-        return description(self._request, index, pattern, statement)
+    @classmethod
+    def of(cls, request: Request, client: Client) -> Keys:
+        """Those of the collection that a command names."""
+        return cls(database(request), request.string(request.name) or b"", client)
 
-    async def index(self, message: str) -> tuple[str, dict[str, Any]]:
-        """Name and key pattern of the index that a message names."""
+    async def describe(self, message: str, statement: Statement | None) -> dict[str, Any] | None:
+        """errmsg, keyPattern and, if the statement tells it, keyValue of a duplicate key; None if of no index."""
+        index = await self.index(message)
+        return None if index is None else description(self._db + b"." + self._collection, index, statement)
+
+    async def index(self, message: str) -> Index | None:
+        """The index that a message names."""
         found = _CONSTRAINT.search(message)
         if found:
             row = await self._client.services.engine.call(calls.INDEX_BY_ID, (found[1].encode(),))
-            return ((row[0] or b"").decode("utf-8", "replace"), documents.decode(row[1] or b"")) if row else ("", {})
-        found = _INDEX_NAME.search(message)
-        if not found or found[1] == _ID_INDEX:
-            return _ID_INDEX, {"_id": 1}
-        if self._patterns is None:
-            self._patterns = await self._load()
-        return found[1], self._patterns.get(found[1], {})
+            name = (row[0] or b"").decode("utf-8", "replace") if row else ""
+        elif _ID_CONSTRAINT.search(message):
+            name = _ID_INDEX
+        else:
+            name = named_index(message) or ""
+        if not name or name == _ID_INDEX:
+            return Index(name, {"_id": 1}) if name else None
+        if self._indexes is None:
+            self._indexes = await self._load()
+        return self._indexes.get(name) or Index(name, {})
 
-    async def _load(self) -> dict[str, dict[str, Any]]:
-        name = (self._request.string(self._request.name) or b"").decode("utf-8", "replace")
-        spec = bson.document(bson.string(b"listIndexes", name))
+    async def _load(self) -> dict[str, Index]:
+        spec = bson.document(bson.string(b"listIndexes", self._collection.decode("utf-8", "replace")))
         try:
-            (page,) = await self._client.services.engine.call(calls.LIST_INDEXES, (database(self._request), spec))
+            (page,) = await self._client.services.engine.call(calls.LIST_INDEXES, (self._db, spec))
         except EngineError:
             return {}
-        return {index["name"]: index["key"] for index in documents.decode(page or b"")["cursor"]["firstBatch"]}
+        return {
+            index["name"]: Index(index["name"], index["key"], "partialFilterExpression" in index)
+            for index in documents.decode(page or b"")["cursor"]["firstBatch"]
+        }
 
 
 def named_index(message: str) -> str | None:
@@ -67,20 +79,15 @@ def named_index(message: str) -> str | None:
     return found[1] if found else None
 
 
-def description(
-    request: Request, index: str, pattern: Mapping[str, Any], statement: Statement | None = None
-) -> dict[str, Any]:
+def description(namespace: bytes, index: Index, statement: Statement | None = None) -> dict[str, Any]:
     """errmsg, keyPattern and keyValue of a duplicate key, as far as they are known."""
-    described: dict[str, Any] = {
-        "errmsg": f"E11000 duplicate key error collection: {namespace_text(request)} index: {index}"
-    }
-    if pattern:
-        described["keyPattern"] = pattern
-        values = {} if statement is None else statement.values(pattern)
-        if values and UNKNOWN not in values.values():
-            described["errmsg"] += f" dup key: {_shell(values)}"
-            described["keyValue"] = values
-    return described
+    text = f"E11000 duplicate key error collection: {namespace.decode('utf-8', 'replace')} index: {index.name}"
+    if not index.pattern:
+        return {"errmsg": text}
+    values = None if statement is None else statement.values(index)
+    if values is None or UNKNOWN in values.values():
+        return {"errmsg": text, "keyPattern": index.pattern}
+    return {"errmsg": f"{text} dup key: {_shell(values)}", "keyPattern": index.pattern, "keyValue": values}
 
 
 def _shell(values: Mapping[str, Any]) -> str:

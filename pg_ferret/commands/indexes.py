@@ -11,6 +11,7 @@ from bson import encode
 from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import collection, database, spec, timeout
 from pg_ferret.commands.duplicates import description, named_index
+from pg_ferret.commands.statements import Index
 from pg_ferret.engine import calls, sqlstate
 from pg_ferret.errors import CommandError
 from pg_ferret.registry import command
@@ -66,7 +67,7 @@ def _build_error(code: int, message: str, request: Request) -> CommandError:
         return CommandError(code, message)
     wanted = documents.decode(request.body).get("indexes", ())
     patterns = {index.get("name"): index.get("key") for index in wanted if isinstance(index, Mapping)}
-    described = description(request, name, patterns.get(name) or {})
+    described = description(database(request) + b"." + collection(request), Index(name, patterns.get(name) or {}))
     text = described.pop("errmsg")
     return CommandError(code, text, details=encode(described)[4:-1])
 

@@ -5,7 +5,7 @@ Only for writes that failed: a duplicate key's values are what the statement say
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from bson.raw_bson import RawBSONDocument
@@ -18,8 +18,16 @@ from pg_ferret.wire.message import Request
 # A value that the engine has made out of a stored document, or that is one of several.
 UNKNOWN: Final = object()
 _NOTHING: Final[Mapping[str, Any]] = {}
-# They store exactly what they say.
-_PLAIN_OPERATORS: Final = frozenset(("$set", "$setOnInsert"))
+# Operator, path, value.
+_Change = tuple[str, str, Any]
+
+
+class Index(NamedTuple):
+    """What decides about duplicate keys."""
+
+    name: str
+    pattern: Mapping[str, Any]
+    partial: bool = False  # a document may also come into it by a change of another field
 
 
 class Statement(NamedTuple):
@@ -46,25 +54,32 @@ class Statement(NamedTuple):
         where = found if isinstance(found, Mapping) else _NOTHING
         return cls(fields.get(change), where, bool(fields.get("upsert")), bool(fields.get("multi")))
 
-    def values(self, pattern: Mapping[str, Any]) -> dict[str, Any]:
-        """The new document's values at the paths of an index; `UNKNOWN` where the statement does not say."""
-        changed = [field for _, field, _ in _changes(self.change)]
-        # A change of nothing in the index can only have failed as a new document.
-        new = self.upsert and not any(_meet(field, path) for field in changed for path in pattern)
-        return {path: self._value(path, new) for path in pattern}
+    def values(self, index: Index) -> dict[str, Any]:
+        """The values that the document was to have in an index; `UNKNOWN` where the statement does not say."""
+        paths = list(index.pattern)
+        changes = self._changes_of(paths)
+        # If nothing of the index is changed in a document that is there, only a new one can have failed.
+        new = self.upsert and not index.partial and all(operator == "$setOnInsert" for operator, _, _ in changes)
+        return {path: self._value(path, changes, new) for path in paths}
 
-    def _value(self, path: str, new: bool) -> Any:
+    def _changes_of(self, paths: Iterable[str]) -> list[_Change]:
+        """The changes that one of these paths may be hit by; in one pass, because an update may be of any length."""
+        heads = {path.partition(".")[0] for path in paths}
+        changes = [change for change in _changes(self.change) if change[1].partition(".")[0] in heads]
+        return [change for change in changes if any(_meet(change[1], path) for path in paths)]
+
+    def _value(self, path: str, changes: list[_Change], new: bool) -> Any:
         if not isinstance(self.change, Mapping):
             return UNKNOWN
         if not _has_operators(self.change):
             # A replacement keeps the _id of the document.
             kept = path == "_id" and path not in self.change
             return self._left_alone(path, new=False) if kept else _lookup(self.change, path)
-        touching = [change for change in _changes(self.change) if _meet(change[1], path)]
+        touching = [change for change in changes if _meet(change[1], path)]
         if not touching:
             return self._left_alone(path, new)
         (operator, field, value), *more = touching
-        if more or operator not in _PLAIN_OPERATORS:
+        if more or not (operator == "$set" or (operator == "$setOnInsert" and new)):
             return UNKNOWN
         if field == path:
             return _single(value)
@@ -73,23 +88,25 @@ class Statement(NamedTuple):
         return UNKNOWN
 
     def _left_alone(self, path: str, new: bool) -> Any:
-        """The value of a path that is not changed: what was looked for; a new document lacks what nobody mentions."""
+        """The value of a path that is not changed; a new document has what was looked for, and lacks what was not."""
         equal, _ = _equalities(self.filter)
-        if path in equal:
+        if path in equal and (new or path == "_id"):
             return _single(equal[path])
         return None if new and not any(_meet(field, path) for field in _mentioned(self.filter)) else UNKNOWN
 
-    def raced(self, pattern: Mapping[str, Any]) -> bool:
-        """Whether a duplicate key in this index means that another one has just stored the document it looked for.
+    def raced(self, index: Index) -> bool:
+        """Whether a duplicate key in this index may mean that another one has just stored what this one looked for.
 
-        So it is if an upsert's filter asks for exactly these values and nothing else: then it finds it now.  MongoDB
-        makes such upserts again (manual, "Upsert with Duplicate Values").
+        So it is if an upsert's filter asks for exactly these values and nothing else: then it finds it now.
         """
-        if not self.upsert or self.multi:
-            return False
         equal, all_of_it = _equalities(self.filter)
-        values = self.values(pattern)
-        return all_of_it and equal.keys() == values.keys() and all(values[path] == equal[path] for path in values)
+        values = self.values(index)
+        return (
+            all_of_it
+            and not index.partial
+            and equal.keys() == values.keys()
+            and all(_same(value, equal[path]) for path, value in values.items())
+        )
 
 
 class Statements:
@@ -103,15 +120,10 @@ class Statements:
         if sequence is not None:
             self._items = list(bson.split_sequence(sequence))
         elif kind == bson.ARRAY:
-            frame = memoryview(request.frame)
-            self._items = [frame[first:last] for _, first, last in bson.scan(request.frame, start, end).values()]
+            self._items = list(bson.split_array(request.frame, start, end))
 
     def __len__(self) -> int:
         return len(self._items)
-
-    def sequence(self, first: int, last: int | None = None) -> bytes:
-        """Statements ``first`` to ``last`` (not included) as a document sequence."""
-        return b"".join(self._items[first:last])
 
     def __getitem__(self, index: int) -> Statement:
         statement = RawBSONDocument(bytes(self._items[index]), documents.OPTIONS)
@@ -122,7 +134,7 @@ def _has_operators(change: Mapping[str, Any]) -> bool:
     return any(name.startswith("$") for name in change)
 
 
-def _changes(update: Any) -> Iterator[tuple[str, str, Any]]:
+def _changes(update: Any) -> Iterator[_Change]:
     """Operator, path and value of all changes; of a rename both paths."""
     for operator, fields in update.items() if isinstance(update, Mapping) else ():
         for field, value in fields.items() if isinstance(fields, Mapping) else ():
@@ -134,7 +146,7 @@ def _changes(update: Any) -> Iterator[tuple[str, str, Any]]:
 def _meet(field: str, path: str) -> bool:
     """Whether a change of ``field`` may change what is at ``path``; what stands for places in an array matches any."""
     for one, other in zip(field.split("."), path.split("."), strict=False):
-        if one.startswith("$"):
+        if one.startswith("$") or one.isdecimal():
             return True
         if one != other:
             return False
@@ -146,6 +158,8 @@ def _equalities(where: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     equal: dict[str, Any] = {}
     all_of_it = True
     for name, condition in where.items():
+        if name == "$comment":
+            continue
         if name == "$and" and isinstance(condition, list):
             for part in condition:
                 more, nothing_else = _equalities(part) if isinstance(part, Mapping) else ({}, False)
@@ -189,3 +203,8 @@ def _single(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return value[0] if len(value) == 1 else UNKNOWN
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Python takes 1 and True for the same."""
+    return type(one) is type(other) and bool(one == other)

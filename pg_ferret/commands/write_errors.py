@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from bson import encode
 
-from pg_ferret.commands import documents, upserts
+from pg_ferret.commands import documents
 from pg_ferret.commands.duplicates import Keys
 from pg_ferret.commands.statements import Statement, Statements
 from pg_ferret.engine import sqlstate
@@ -24,15 +24,13 @@ _TURN = 200
 
 
 async def rebuild(reply: bytes, statements: bytes, request: Request, client: Client) -> bytes:
-    """The reply with its writeErrors as MongoDB gives them, and without those of upserts that only lost a race.
+    """The reply with its writeErrors as MongoDB gives them.
 
     Raises CommandError when one of them concerns the whole command.
     """
     document = documents.decode(reply)
-    keys = Keys(request, client)
+    keys = Keys.of(request, client)
     written = Statements(request, statements)
-    if statements == b"updates":
-        document = await upserts.settle(document, written, keys, request, client)
     errors = []
     told = 0
     for number, entry in enumerate(document.get("writeErrors", ())):
@@ -49,23 +47,23 @@ async def rebuild(reply: bytes, statements: bytes, request: Request, client: Cli
         errors.append(error)
         if number % _TURN == _TURN - 1:
             await asyncio.sleep(0)
-    return encode(document | ({"writeErrors": errors} if errors else {}) | {"ok": 1.0})
+    return encode(document | {"writeErrors": errors, "ok": 1.0})
 
 
 async def _described(keys: Keys, message: str, written: Statements, index: int) -> dict[str, Any]:
     """What more there is to say; nothing if that fails, because what was written must be acknowledged."""
     try:
-        return await keys.describe(message, written[index])
+        return await keys.describe(message, written[index]) or {}
     except Exception as error:
         _log.warning("a duplicate key could not be described", error=type(error).__name__)
         return {}
 
 
-async def explained(error: EngineError, statement: Statement, keys: Keys) -> CommandError:
-    """A failed findAndModify's answer, with a duplicate key in MongoDB's words."""
+async def explained(error: EngineError, statement: Statement | None, keys: Keys) -> CommandError | EngineError:
+    """The error of a whole command, with a duplicate key in MongoDB's words."""
     code, message = sqlstate.translate(error.sqlstate, error.message)
-    if code != sqlstate.DUPLICATE_KEY:
-        return CommandError(code, message)
-    described = await keys.describe(message, statement)
+    described = await keys.describe(message, statement) if code == sqlstate.DUPLICATE_KEY else None
+    if described is None:
+        return error
     text = described.pop("errmsg")
     return CommandError(code, text, details=encode(described)[4:-1])

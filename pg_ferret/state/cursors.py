@@ -8,6 +8,7 @@ committed state (LMDB's mutex is robust).  Nothing is synced to disk: the regist
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from struct import Struct
 from typing import Final, NamedTuple
@@ -31,7 +32,7 @@ class Cursor(NamedTuple):
 
     owner: bytes  # see `owner`
     expires: float  # Unix seconds; infinity for noCursorTimeout
-    continuation: bytes
+    continuation: bytes  # empty: what it read has gone
 
     @property
     def namespace(self) -> bytes:
@@ -90,17 +91,26 @@ class Cursors:
             raise _refused(error) from None
 
     def advance(self, cursor_id: int, cursor_owner: bytes, expires: float, continuation: bytes) -> bool:
-        """Store a cursor's new continuation and expiry, unless it was killed meanwhile; tells whether it lives."""
+        """Store a cursor's new continuation and expiry, unless it has ended meanwhile; tells whether it lives."""
         key = _KEY.pack(cursor_id)
         record = _pack(cursor_owner, expires, continuation)
         try:
             with self._env.begin(write=True) as transaction:
-                if transaction.get(key) is None:
+                current = transaction.get(key)
+                if current is None or len(current) == _HEAD_BYTES + len(cursor_owner):
                     return False
                 transaction.put(key, record)
         except lmdb.Error as error:
             raise _refused(error) from None
         return True
+
+    def bereave(self, cursor_ids: list[int]) -> None:
+        """What these cursors read has gone: their continuation becomes empty, for `get` to tell whoever goes on."""
+        for cursor_id in cursor_ids:
+            key = _KEY.pack(cursor_id)
+            with self._env.begin(write=True) as transaction:
+                if (record := transaction.get(key)) is not None:
+                    transaction.put(key, record[: _HEAD_BYTES + _HEAD.unpack_from(record)[1]])
 
     def get(self, cursor_id: int) -> Cursor | None:
         """The cursor, or None if it is unknown or has expired."""
@@ -149,13 +159,21 @@ class Cursors:
         In parts, because a registry may hold a hundred thousand, and the worker has clients to serve.
         """
         now = time.time()
+        return self._some(begin, lambda record: bool(_HEAD.unpack_from(record)[0] <= now))
+
+    def of_owners(self, prefix: bytes, begin: bytes = b"") -> tuple[list[int], bytes | None]:
+        """As `expired`, those whose owner begins with ``prefix``."""
+        owned = slice(_HEAD_BYTES, _HEAD_BYTES + len(prefix))
+        return self._some(begin, lambda record: record[owned] == prefix)
+
+    def _some(self, begin: bytes, chosen: Callable[[memoryview], bool]) -> tuple[list[int], bytes | None]:
         found: list[int] = []
         with self._env.begin(buffers=True) as transaction, transaction.cursor() as walk:
             walk.set_range(begin)
             for number, (key, record) in enumerate(walk):
                 if number >= _SWEEP_AT_ONCE:
                     return found, bytes(key)
-                if len(key) == _KEY.size and _HEAD.unpack_from(record)[0] <= now:
+                if len(key) == _KEY.size and chosen(record):
                     found.append(_KEY.unpack(key)[0])
         return found, None
 

@@ -5,7 +5,7 @@ Offsets count from the start of the buffer that holds the document.  https://bso
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from struct import Struct
 from struct import error as StructError
 from typing import Final
@@ -27,6 +27,7 @@ INT64: Final = 0x12
 Buffer = bytes | bytearray | memoryview
 # A value: its type, the offset of its first byte, the offset just behind its last.
 Span = tuple[int, int, int]
+_EMPTY_BYTES: Final = 5
 # The span of a field that is not there: of no type, and empty.
 MISSING: Final[Span] = (0, 0, 0)
 
@@ -137,6 +138,12 @@ def _measure(data: bytes, kind: int, value: int, how: int, last: int) -> int:
     return size
 
 
+def is_empty(span: Span) -> bool:
+    """Whether a value is a document without fields."""
+    kind, start, end = span
+    return kind == DOCUMENT and end - start == _EMPTY_BYTES
+
+
 def read_int(data: Buffer, span: Span) -> int | None:
     """The whole number of an int32, int64 or integral double, or None for any other value."""
     kind, start, _ = span
@@ -188,13 +195,25 @@ def split_sequence(data: memoryview) -> Iterator[memoryview]:
         position = end
 
 
+def split_array(data: bytes, start: int, end: int) -> Iterator[memoryview]:
+    """The documents of the array in ``data[start:end]``, whatever they are called; raises InvalidBSONError."""
+    view = memoryview(data)
+    position, last = start + 4, end - 1
+    while position < last:
+        name_end = data.find(0, position + 1, last)
+        if data[position] != DOCUMENT or name_end < 0:
+            raise InvalidBSONError("an item of an array of documents is none")
+        position = document_end(data, name_end + 1, last)
+        yield view[name_end + 1 : position]
+
+
 def document(*elements: bytes) -> bytes:
     """A document of finished elements."""
     body = b"".join(elements)
     return _pack_int32(len(body) + 5) + body + b"\0"
 
 
-def without(data: bytes, fields: dict[bytes, Span], names: frozenset[bytes]) -> bytes:
+def without(data: bytes, fields: dict[bytes, Span], names: Set[bytes]) -> bytes:
     """The document without the named top-level fields."""
     return document(
         *(

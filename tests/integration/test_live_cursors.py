@@ -134,6 +134,34 @@ def test_ownership_and_killing(database: Database[Document]) -> None:
     assert (gone.value.code, (gone.value.details or {})["codeName"]) == (43, "CursorNotFound")
 
 
+@pytest.mark.parametrize("sort", [{}, {"r": 1}])
+@pytest.mark.parametrize("how", ["drop", "drop database", "rename", "replaced by rename"])
+def test_a_cursor_ends_with_its_collection(
+    client: MongoClient[Document], database: Database[Document], how: str, sort: Document
+) -> None:
+    """It must not go on in another one that is made under that name."""
+    fill(database, 30)
+    database.other.insert_many([{"_id": number} for number in range(30)])
+    commands = [{"find": name, "batchSize": 10, "sort": sort} for name in ("c", "other")]
+    cursor, another = (database.command(command)["cursor"]["id"] for command in commands)
+    if how == "drop":
+        database.c.drop()
+    elif how == "drop database":
+        client.drop_database(database.name)
+    elif how == "rename":
+        database.c.rename("d")
+    else:
+        database.new.insert_one({})
+        database.new.rename("c", dropTarget=True)
+    fill(database, 30) if how != "replaced by rename" else None
+    for code in (175, 43):
+        with pytest.raises(OperationFailure) as failure:
+            database.command({"getMore": cursor, "collection": "c"})
+        assert failure.value.code == code
+    if how != "drop database":
+        assert len(database.command({"getMore": another, "collection": "other"})["cursor"]["nextBatch"]) == 20
+
+
 def test_idle_cursors_expire(new_cluster: Callable[..., Cluster]) -> None:
     cluster = new_cluster(**{"ferretdb.cursor_timeout": "1s"})
     with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as client:

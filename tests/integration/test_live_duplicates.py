@@ -84,43 +84,49 @@ async def stored_by_another(cluster: Cluster, database: Database[Document]) -> A
         yield other
 
 
-@pytest.mark.parametrize("sets", [True, False])
-@pytest.mark.parametrize("ordered", [True, False])
-async def test_an_upsert_that_lost_a_race_finds_the_document(
-    cluster: Cluster, database: Database[Document], ordered: bool, sets: bool
-) -> None:
-    change: Document = {"$inc": {"n": 1}}
-    updates = [
-        {
-            "q": {"key": key},
-            "u": change | {"$setOnInsert": {"_id": key}} | ({"$set": {"key": key}} if sets else {}),
-            "upsert": True,
-        }
-        for key in ("a", "k", "z")
-    ]
+async def while_another_stores(cluster: Cluster, database: Database[Document], write: Callable[[], Any]) -> Any:
+    """The result of a write that waits for `stored_by_another`."""
     async with stored_by_another(cluster, database) as other:
-        command = {"update": "c", "updates": updates, "ordered": ordered}
-        write = asyncio.create_task(asyncio.to_thread(database.command, command))
+        task = asyncio.create_task(asyncio.to_thread(write))
         await wait_until(lambda: active(cluster))
         await other.commit()
-        reply = await write
+        return await task
+
+
+@pytest.mark.parametrize("change", [{"$inc": {"n": 1}}, {"$set": {"key": "k"}, "$inc": {"n": 1}}])
+async def test_an_upsert_that_lost_a_race_finds_the_document(
+    cluster: Cluster, database: Database[Document], change: Document
+) -> None:
+    result = await while_another_stores(
+        cluster, database, lambda: database.c.update_one({"key": "k"}, change, upsert=True)
+    )
+    assert (result.matched_count, result.modified_count, result.upserted_id) == (1, 1, None)
+    assert list(database.c.find()) == [{"_id": 1, "key": "k", "n": 11}]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_an_upsert_among_others_that_lost_a_race_finds_the_document(
+    cluster: Cluster, database: Database[Document], ordered: bool
+) -> None:
+    """This one the engine makes again by itself."""
+    updates = [
+        {"q": {"key": key}, "u": {"$inc": {"n": 1}, "$setOnInsert": {"_id": key}}, "upsert": True}
+        for key in ("a", "k", "z")
+    ]
+    command = {"update": "c", "updates": updates, "ordered": ordered}
+    reply = await while_another_stores(cluster, database, lambda: database.command(command))
     assert (reply["n"], reply["nModified"]) == (3, 1)
     assert reply["upserted"] == [{"index": 0, "_id": "a"}, {"index": 2, "_id": "z"}]
-    assert "writeErrors" not in reply
     assert [row["n"] for row in database.c.find(sort=[("key", 1)])] == [1, 11, 1]
 
 
 async def test_a_find_and_modify_that_lost_a_race_finds_the_document(
     cluster: Cluster, database: Database[Document]
 ) -> None:
-    async with stored_by_another(cluster, database) as other:
-        change = {"$inc": {"n": 1}}
-        found = asyncio.create_task(
-            asyncio.to_thread(lambda: database.c.find_one_and_update({"key": "k"}, change, upsert=True))
-        )
-        await wait_until(lambda: active(cluster))
-        await other.commit()
-        assert await found == {"_id": 1, "key": "k", "n": 10}
+    found = await while_another_stores(
+        cluster, database, lambda: database.c.find_one_and_update({"key": "k"}, {"$inc": {"n": 1}}, upsert=True)
+    )
+    assert found == {"_id": 1, "key": "k", "n": 10}
     assert database.c.count_documents({}) == 1
 
 
@@ -128,18 +134,35 @@ async def test_what_lost_a_race_and_fails_all_the_same_is_told_once(
     cluster: Cluster, database: Database[Document]
 ) -> None:
     """The document that is there now has no room for the change."""
-    updates = [
-        {"q": {"key": "k"}, "u": {"$push": {"n": 1}}, "upsert": True},
-        {"q": {"key": "b"}, "u": {"$set": {"n": 1}}, "upsert": True},
-    ]
-    async with stored_by_another(cluster, database) as other:
-        command = {"update": "c", "updates": updates, "ordered": False}
-        write = asyncio.create_task(asyncio.to_thread(lambda: database.command(command, check=False)))
-        await wait_until(lambda: active(cluster))
-        await other.commit()
-        reply = await write
+    command = {"update": "c", "updates": [{"q": {"key": "k"}, "u": {"$push": {"n": 1}}, "upsert": True}]}
+    reply = await while_another_stores(cluster, database, lambda: database.command(command))
     assert [(error["index"], error["code"]) for error in reply["writeErrors"]] == [(0, 2)]
-    assert (reply["n"], [one["index"] for one in reply["upserted"]]) == (1, [1])
+    assert "upserted" not in reply
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_an_upsert_that_collides_with_another_document_is_refused(database: Database[Document], partial: bool) -> None:
+    options: Document = {"partialFilterExpression": {"active": True}} if partial else {}
+    database.c.create_index("key", unique=True, **options)
+    database.c.insert_many([{"key": "a", "active": True, "n": 1}, {"_id": 5, "key": "a" if partial else "b"}])
+    query = {"_id": 5} if partial else {"key": "a", "n": 2}
+    details = details_of(lambda: database.c.update_one(query, {"$set": {"active": True}}, upsert=True))
+    assert details.get("keyValue") == (None if partial else {"key": "a"})
+
+
+def test_what_an_aggregation_cannot_write_is_told_as_of_its_target(database: Database[Document]) -> None:
+    database.target.create_index("u", unique=True)
+    database.target.insert_one({"u": 5})
+    database.c.insert_one({"u": 5})
+    for stage in ({"$merge": "target"}, {"$merge": {"into": {"db": database.name, "coll": "target"}}}):
+        with pytest.raises(OperationFailure) as failure:
+            database.c.aggregate([stage])
+        assert failure.value.code == 11000
+        assert failure.value.details is not None
+        assert failure.value.details["errmsg"].endswith(
+            f"E11000 duplicate key error collection: {database.name}.target index: u_1"
+        )
+        assert failure.value.details["keyPattern"] == {"u": 1}
 
 
 def test_many_who_upsert_the_same_few_keys_all_succeed(client: MongoClient[Document], database_name: str) -> None:

@@ -44,6 +44,24 @@ def test_advance_keeps_the_newest_continuation_and_does_not_raise_the_dead(curso
     assert cursors.get(7) is None
 
 
+def test_bereft_cursors_have_nothing_to_go_on_with_and_stay_so(cursors: Cursors) -> None:
+    mine, other = owner(b"db.c", b"me", b"s" * 16), owner(b"db.cc", b"me")
+    cursors.open(1, Cursor(mine, _SOON, b"one"))
+    cursors.open(2, Cursor(other, _SOON, b"one"))
+    assert cursors.of_owners(b"db.c\0") == ([1], None)
+    assert cursors.of_owners(b"db.") == ([1, 2], None)
+    assert cursors.of_owners(b"d.") == ([], None)
+    cursors.bereave([1, 3])
+    assert cursors.get(1) == Cursor(mine, _SOON, b"")
+    # A page was under way.
+    assert not cursors.advance(1, mine, _SOON, b"two")
+    assert cursors.get(1) == Cursor(mine, _SOON, b"")
+    assert cursors.get(2) == Cursor(other, _SOON, b"one")
+    assert cursors.get(3) is None
+    assert cursors.of_sessions([b"s" * 16]) == [1]
+    assert cursors.remove([1]) == [1]
+
+
 def test_expired_cursors_are_not_found_and_can_be_swept(cursors: Cursors) -> None:
     cursors.open(1, cursor(expires=time.time() - 1))
     cursors.open(2, cursor(expires=time.time() + 3600))

@@ -10,7 +10,7 @@ from bson import Regex, encode
 from bson.raw_bson import RawBSONDocument
 
 from pg_ferret.commands.documents import OPTIONS
-from pg_ferret.commands.statements import UNKNOWN, Statement
+from pg_ferret.commands.statements import UNKNOWN, Index, Statement
 
 Document = dict[str, Any]
 KEY = {"key": 1}
@@ -42,7 +42,7 @@ def update(query: Document, change: Any, **more: Any) -> Statement:
 def test_a_document_to_insert_tells_all_but_which_item_of_an_array(
     document: Document, pattern: Document, values: Document
 ) -> None:
-    assert Statement(raw(document)).values(pattern) == values
+    assert Statement(raw(document)).values(Index("i", pattern)) == values
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,16 @@ def test_a_document_to_insert_tells_all_but_which_item_of_an_array(
         (update({"_id": 1}, {"$set": {"items.$[one].key": 1}}), {"items.key": 1}, {"items.key": UNKNOWN}),
         (update({"_id": 1}, {"$push": {"key": 1}}), KEY, {"key": UNKNOWN}),
         (update({"_id": 1}, [{"$set": {"key": "x"}}]), KEY, {"key": UNKNOWN}),
-        # Of a document that is there, the filter tells what the update leaves alone.
-        (update({"a": 1}, {"$set": {"b.c": 2}}), BOTH, {"a": 1, "b.c": 2}),
+        # Of a document that is there, the filter tells the _id: another field could be an array that has the value.
+        (update({"a": 1}, {"$set": {"b.c": 2}}), BOTH, {"a": UNKNOWN, "b.c": 2}),
+        (update({"_id": 1}, {"$set": {"b.c": 2}}), {"_id": 1, "b.c": 1}, {"_id": 1, "b.c": 2}),
+        (update({"_id": 1}, {"$set": {"items.0.key": 6}}, upsert=True), {"items.key": 1}, {"items.key": UNKNOWN}),
+        (update({"_id": 1}, {"$setOnInsert": {"a": 1}, "$set": {"b.c": 2}}), BOTH, {"a": UNKNOWN, "b.c": 2}),
+        (
+            update({"_id": 1}, {"$setOnInsert": {"a": 1}, "$set": {"b.c": 2}}, upsert=True),
+            BOTH,
+            {"a": UNKNOWN, "b.c": 2},
+        ),
         (update({"_id": 1}, {"$set": {"b.c": 2}}), BOTH, {"a": UNKNOWN, "b.c": 2}),
         (update({"_id": 1}, {"$set": {"b.c": 2}}, upsert=True), BOTH, {"a": UNKNOWN, "b.c": 2}),
         # What changes nothing of the index can only have failed as a new document.
@@ -78,7 +86,7 @@ def test_a_document_to_insert_tells_all_but_which_item_of_an_array(
 def test_a_change_tells_what_it_sets_and_what_it_looked_for(
     statement: Statement, pattern: Document, values: Document
 ) -> None:
-    assert statement.values(pattern) == values
+    assert statement.values(Index("i", pattern)) == values
 
 
 @pytest.mark.parametrize(
@@ -88,8 +96,9 @@ def test_a_change_tells_what_it_sets_and_what_it_looked_for(
         (update({"key": "x"}, {"$set": {"key": "x", "n": 1}}, upsert=True), KEY, True),
         (update({"key": "x"}, {"key": "x", "n": 1}, upsert=True), KEY, True),
         (update({"$and": [{"a": 1}, {"b.c": {"$eq": 2}}]}, {"$inc": {"n": 1}}, upsert=True), BOTH, True),
-        (update({"key": "x"}, {"$inc": {"n": 1}}), KEY, False),
-        (update({"key": "x"}, {"$inc": {"n": 1}}, upsert=True, multi=True), KEY, False),
+        (update({"key": "x", "$comment": "y"}, {"$inc": {"n": 1}}, upsert=True), KEY, True),
+        (update({"key": "x"}, {"$setOnInsert": {"n": 1}}, upsert=True), KEY, True),
+        (update({"key": 1}, {"$set": {"key": True}}, upsert=True), KEY, False),
         # It would fail again: another document has the key.
         (update({"key": "x", "n": 1}, {"$inc": {"n": 1}}, upsert=True), KEY, False),
         (update({"key": "x", "n": {"$gt": 1}}, {"$inc": {"n": 1}}, upsert=True), KEY, False),
@@ -105,4 +114,11 @@ def test_a_change_tells_what_it_sets_and_what_it_looked_for(
 def test_an_upsert_has_raced_if_it_looked_for_the_very_key(
     statement: Statement, pattern: Document, raced: bool
 ) -> None:
-    assert statement.raced(pattern) == raced
+    assert statement.raced(Index("i", pattern)) == raced
+
+
+def test_a_document_may_also_come_into_a_partial_index_by_another_field() -> None:
+    statement = update({"key": "x"}, {"$set": {"active": True}}, upsert=True)
+    assert statement.raced(Index("i", KEY))
+    assert not statement.raced(Index("i", KEY, partial=True))
+    assert statement.values(Index("i", KEY, partial=True)) == {"key": UNKNOWN}
