@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # MongoDB codes in the order of DocumentDB's own error table: SQLSTATE ``M`` + four base-36 digits is the place here.
+# Its QueryPlanKilled is 176, MongoDB's 175.
 # fmt: off
 ENGINE: tuple[int, ...] = (
     1, 2, 5, 9, 14, 15, 20, 23, 26, 27, 28, 31, 34, 40, 43, 48, 52, 53, 54, 56, 57, 61, 66, 67, 68, 72,
@@ -45,7 +46,7 @@ ENGINE: tuple[int, ...] = (
     5860402, 7555701, 7555702, 3041704, 4341107, 42501, 10107, 40239, 40240, 40241, 40242, 40243, 40244,
     40245, 40246, 40257, 40258, 40260, 40261, 143, 13103, 17385, 31319, 31320, 31321, 13, 51002, 4544714,
     6, 18, 24, 50, 59, 133, 91, 112, 117, 186, 201, 225, 251, 256, 261, 391, 15948, 50768, 51071, 171,
-    176, 15974, 15975,
+    175, 15974, 15975,
 )
 # fmt: on
 
@@ -101,6 +102,7 @@ _NAMES: dict[int, str] = {
     117: "ConflictingOperationInProgress",
     118: "NamespaceNotSharded",
     121: "DocumentFailedValidation",
+    123: "NotAReplicaSet",
     133: "FailedToSatisfyReadPreference",
     143: "CursorInUse",
     146: "ExceededMemoryLimit",
@@ -109,7 +111,7 @@ _NAMES: dict[int, str] = {
     166: "CommandNotSupportedOnView",
     167: "OptionNotSupportedOnView",
     171: "CannotIndexParallelArrays",
-    176: "QueryPlanKilled",
+    175: "QueryPlanKilled",
     181: "AmbiguousIndexKeyPattern",
     186: "ClientMetadataCannotBeMutated",
     197: "InvalidIndexSpecificationOption",
@@ -126,6 +128,8 @@ _NAMES: dict[int, str] = {
     263: "OperationNotSupportedInTransaction",
     276: "IndexBuildAborted",
     291: "UnableToFindIndex",
+    322: "APIVersionError",
+    323: "APIStrictError",
     352: "UnsupportedOpQueryCommand",
     361: "CollectionUUIDMismatch",
     365: "TemporarilyUnavailable",

@@ -128,7 +128,7 @@ async def aggregate(request: Request, client: Client) -> bytes:
     db = database(request)
     # {aggregate: 1} runs on the database itself.
     name = b"$cmd.aggregate" if request.integer(b"aggregate") == 1 else collection(request)
-    if name == b"$cmd.aggregate" and (output := Output.of(request)) is not None and output.stage == "$merge":
+    if name == b"$cmd.aggregate" and (output := Output.of(request)) is not None and output.stage == b"$merge":
         raise CommandError(115, "$merge is only supported in the aggregation of a collection")  # it would write nothing
     try:
         row = await client.services.engine.call(calls.AGGREGATE, (db, spec(request)))
@@ -268,6 +268,10 @@ def _find_and_modify(params: tuple[bytes, bytes | memoryview], request: Request,
 
 async def _modify_again(error: EngineError, params: Params, request: Request, client: Client) -> Row:
     """The same once more for one that has failed; raises EngineError, or CommandError in MongoDB's words."""
+
+    def statement() -> Statement:
+        return Statement.of_find_and_modify(documents.decode(request.body))
+
     for number in itertools.count():
         try:
             return await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
@@ -276,7 +280,6 @@ async def _modify_again(error: EngineError, params: Params, request: Request, cl
         code, message = translate(error.sqlstate, error.message)
         if code != DUPLICATE_KEY:
             break
-        statement = Statement.of_find_and_modify(documents.decode(request.body))
         keys = Keys.of(request, client)
         if number == upserts.MOST_TRIES or not await upserts.lost_race(message, statement, keys):
             raise await write_errors.explained(error, statement, keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from struct import Struct
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from pg_ferret.wire.message import Request
 _GONE = "M000E"
 # The beginning of the command that opened a streaming cursor, in its continuation: the filter's first condition, say.
 _COMMAND = slice(29, 97)
+# So many are ended before other clients have a turn.
+_AT_ONCE = 250
 _int64 = Struct("<q").unpack_from
 
 
@@ -134,18 +137,47 @@ async def end(cursor_ids: list[int], services: Services) -> list[int]:
     return gone
 
 
-async def bereave(prefix: bytes, services: Services) -> None:
-    """End the cursors of a collection that is gone (its namespace and NUL), or of a database (its name and dot).
+async def ending(prefixes: list[bytes], work: Callable[[], Awaitable[bytes]], services: Services) -> bytes:
+    """The result of ``work``, with which collections go and their cursors end: they would go on in whatever is made
+    under that name.
 
-    They would go on in whatever is made under that name.
+    A prefix is a namespace and NUL, or a database and a dot.  Those that are open before are ended after it, even if
+    the client has gone by then.
     """
+    found = [cursor_id for prefix in prefixes for cursor_id in await _of_owners(prefix, services)]
+    try:
+        reply = await work()
+    except asyncio.CancelledError:
+        _bereave(found, services)  # who knows whether it was done
+        raise
+    if found:
+        await asyncio.shield(_bereave(found, services))
+    return reply
+
+
+async def _of_owners(prefix: bytes, services: Services) -> list[int]:
+    found: list[int] = []
     position: bytes | None = b""
     while position is not None:
-        found, position = services.cursors.of_owners(prefix, position)
-        if found:
-            services.cursors.bereave(found)
-            await services.engine.call(calls.DELETE_CURSORS, (id_array(found),))
+        some, position = services.cursors.of_owners(prefix, position)
+        found += some
         await asyncio.sleep(0)
+    return found
+
+
+_bereaving: set[asyncio.Task[None]] = set()
+
+
+def _bereave(cursor_ids: list[int], services: Services) -> asyncio.Task[None]:
+    async def in_parts() -> None:
+        for first in range(0, len(cursor_ids), _AT_ONCE):
+            services.cursors.bereave(cursor_ids[first : first + _AT_ONCE])
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(in_parts())
+    _bereaving.add(task)  # the loop alone would forget it
+    task.add_done_callback(_bereaving.discard)
+    return task
 
 
 def id_array(cursor_ids: list[int]) -> bytes:

@@ -9,7 +9,7 @@ from bson import encode
 
 from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import collection, database, spec, timeout
-from pg_ferret.commands.cursors import bereave
+from pg_ferret.commands.cursors import ending
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
@@ -37,21 +37,21 @@ async def coll_mod(request: Request, client: Client) -> bytes:
 
 @command("renameCollection", help="Renames a collection.", admin_only=True)
 async def rename_collection(request: Request, client: Client) -> bytes:
-    reply = await _call(calls.RENAME_COLLECTION, (spec(request),), request, client)
-    for name in (request.name, b"to"):
-        await bereave((request.string(name) or b"") + b"\0", client.services)
-    return reply
+    gone = [(request.string(name) or b"") + b"\0" for name in (request.name, b"to")]
+    params = (spec(request),)
+    return await ending(gone, lambda: _call(calls.RENAME_COLLECTION, params, request, client), client.services)
 
 
 @command("drop", help="Drops a collection or a view.")
 async def drop(request: Request, client: Client) -> bytes:
     db, name = database(request), collection(request)
     indexes = await _index_count(db, name, client)
-    dropped = await _call(calls.DROP_COLLECTION, (db, name), request, client)
+    namespace = db + b"." + name
+    dropped = await ending(
+        [namespace + b"\0"], lambda: _call(calls.DROP_COLLECTION, (db, name), request, client), client.services
+    )
     if dropped != b"\x01":
         return bson.OK_REPLY
-    namespace = db + b"." + name
-    await bereave(namespace + b"\0", client.services)
     text = namespace.decode("utf-8", "replace")
     return bson.document(bson.int32(b"nIndexesWas", indexes), bson.string(b"ns", text), bson.OK)
 
@@ -69,8 +69,7 @@ async def _index_count(db: bytes, name: bytes, client: Client) -> int:
 @command("dropDatabase", help="Drops the database.")
 async def drop_database(request: Request, client: Client) -> bytes:
     db = database(request)
-    await client.services.engine.call(calls.DROP_DATABASE, (db,), timeout(request))
-    await bereave(db + b".", client.services)
+    await ending([db + b"."], lambda: _call(calls.DROP_DATABASE, (db,), request, client), client.services)
     return bson.document(bson.string(b"dropped", db.decode("utf-8", "replace")), bson.OK)
 
 

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from itertools import islice
 from typing import NamedTuple
 
-from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import database
+from pg_ferret.errors import CommandError
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
+
+# MongoDB's limit of stages; longer pipelines are not looked through.
+_MOST_STAGES = 1000
 
 
 class Output(NamedTuple):
     """The collection that an aggregation writes to."""
 
-    stage: str  # $merge or $out
+    stage: bytes  # $merge or $out
     db: bytes
     collection: bytes
 
     @classmethod
     def of(cls, request: Request) -> Output | None:
-        """None if it writes to none."""
+        """None if it writes to none, or if that cannot be made out: the engine judges pipelines."""
+        if b"$merge\0" not in request.frame and b"$out\0" not in request.frame:
+            return None
+        try:
+            return cls._of(request)
+        except CommandError:
+            return None
+
+    @classmethod
+    def _of(cls, request: Request) -> Output | None:
         kind, start, end = request.fields.get(b"pipeline", bson.MISSING)
-        stages = list(bson.scan(request.frame, start, end).values()) if kind == bson.ARRAY else []
-        if not stages or stages[-1][0] != bson.DOCUMENT:
-            return None
-        _, first, last = stages[-1]
-        ((stage, target), *_) = [*documents.decode(request.frame[first:last]).items(), ("", None)]
-        if stage not in ("$merge", "$out"):
-            return None
-        if stage == "$merge" and isinstance(target, Mapping):
-            target = target.get("into")
-        db = database(request)
-        if isinstance(target, Mapping):
-            db = str(target.get("db", "")).encode() or db
-            target = target.get("coll")
-        return cls(stage, db, str(target or "").encode())
+        stages = bson.split_array(request.frame, start, end) if kind == bson.ARRAY else iter(())
+        for last in deque(islice(stages, _MOST_STAGES), maxlen=1):
+            stage = bytes(last)
+            for name, span in islice(bson.scan(stage, 0, len(stage)).items(), 1):
+                if name in (b"$merge", b"$out"):
+                    return cls._to(name, stage, span, database(request))
+        return None
+
+    @classmethod
+    def _to(cls, name: bytes, stage: bytes, target: bson.Span, db: bytes) -> Output:
+        fields = _fields(stage, target)
+        if b"into" in fields:
+            target = fields[b"into"]
+            fields = _fields(stage, target)
+        if not fields:
+            return cls(name, db, bson.read_string(stage, target) or b"")
+        other, collection = (bson.read_string(stage, fields.get(field, bson.MISSING)) for field in (b"db", b"coll"))
+        return cls(name, other or db, collection or b"")
+
+
+def _fields(data: bytes, span: bson.Span) -> dict[bytes, bson.Span]:
+    kind, start, end = span
+    return bson.scan(data, start, end) if kind == bson.DOCUMENT else {}

@@ -103,6 +103,7 @@ class Statement(NamedTuple):
         values = self.values(index)
         return (
             all_of_it
+            and bool(index.pattern)
             and not index.partial
             and equal.keys() == values.keys()
             and all(_same(value, equal[path]) for path, value in values.items())

@@ -7,30 +7,35 @@ itself makes each again when the first pass fails; here it is about those that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
+
+import structlog
 
 from pg_ferret.commands import conflicts, documents
 from pg_ferret.commands.duplicates import Keys
 from pg_ferret.commands.statements import Statement, Statements
 from pg_ferret.engine import calls, sqlstate
 from pg_ferret.engine.pipeline import Params
-from pg_ferret.errors import CommandError, EngineError, EngineLostError
+from pg_ferret.errors import EngineError
 from pg_ferret.state.client import Client
 from pg_ferret.wire.message import Request
 
+_log = structlog.get_logger()
 # The document could go and come again in between; what fails so often collides with another one.
 MOST_TRIES: Final = 3
 
 
-async def lost_race(message: str, statement: Statement, keys: Keys) -> bool:
+async def lost_race(message: str, statement: Callable[[], Statement], keys: Keys) -> bool:
     """Whether a duplicate key means only that somebody else was quicker."""
-    if not statement.upsert or statement.multi:
-        return False
     try:
-        index = await keys.index(message)
-    except (CommandError, EngineError, EngineLostError):
-        return False  # the duplicate key is what there is to be told
-    return index is not None and statement.raced(index)
+        made = statement()
+        index = await keys.index(message) if made.upsert and not made.multi else None
+        return index is not None and made.raced(index)
+    except Exception as error:  # the duplicate key is what there is to be told
+        _log.warning("a duplicate key could not be looked into", error=type(error).__name__)
+        return False
 
 
 async def settle(reply: bytes, params: Params, request: Request, client: Client) -> tuple[bytes, bool]:
@@ -45,7 +50,7 @@ async def settle(reply: bytes, params: Params, request: Request, client: Client)
     for _ in range(MOST_TRIES):
         (error, *_) = documents.decode(reply).get("writeErrors") or [{"code": 0, "errmsg": ""}]
         code, message = sqlstate.unpack(error["code"], error["errmsg"])
-        if code != sqlstate.DUPLICATE_KEY or not await lost_race(message, written[0], keys):
+        if code != sqlstate.DUPLICATE_KEY or not await lost_race(message, partial(written.__getitem__, 0), keys):
             break
         try:
             again, success, _ = await client.services.engine.write(calls.UPDATE, params)

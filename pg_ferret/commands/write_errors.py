@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -42,7 +44,7 @@ async def rebuild(reply: bytes, statements: bytes, request: Request, client: Cli
             raise CommandError(code, message)
         error = {"index": entry["index"], "code": code, "errmsg": message if told < _MOST_TEXT else ""}
         if code == sqlstate.DUPLICATE_KEY and told < _MOST_TEXT:
-            error |= await _described(keys, message, written, entry["index"])
+            error |= await _description(keys, message, partial(written.__getitem__, entry["index"]))
         told += len(error["errmsg"])
         errors.append(error)
         if number % _TURN == _TURN - 1:
@@ -50,20 +52,25 @@ async def rebuild(reply: bytes, statements: bytes, request: Request, client: Cli
     return encode(document | {"writeErrors": errors, "ok": 1.0})
 
 
-async def _described(keys: Keys, message: str, written: Statements, index: int) -> dict[str, Any]:
-    """What more there is to say; nothing if that fails, because what was written must be acknowledged."""
+async def _description(keys: Keys, message: str, statement: Callable[[], Statement] | None) -> dict[str, Any]:
+    """What more there is to say of a duplicate key.
+
+    Nothing if that fails: it must be told all the same, and what else was written be acknowledged.
+    """
     try:
-        return await keys.describe(message, written[index]) or {}
+        return await keys.describe(message, statement() if statement else None) or {}
     except Exception as error:
         _log.warning("a duplicate key could not be described", error=type(error).__name__)
         return {}
 
 
-async def explained(error: EngineError, statement: Statement | None, keys: Keys) -> CommandError | EngineError:
+async def explained(
+    error: EngineError, statement: Callable[[], Statement] | None, keys: Keys
+) -> CommandError | EngineError:
     """The error of a whole command, with a duplicate key in MongoDB's words."""
     code, message = sqlstate.translate(error.sqlstate, error.message)
-    described = await keys.describe(message, statement) if code == sqlstate.DUPLICATE_KEY else None
-    if described is None:
+    described = await _description(keys, message, statement) if code == sqlstate.DUPLICATE_KEY else {}
+    if not described:
         return error
     text = described.pop("errmsg")
     return CommandError(code, text, details=encode(described)[4:-1])

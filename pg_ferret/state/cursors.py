@@ -25,6 +25,8 @@ _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
 _HEAD = Struct("<dH")  # expiry (Unix seconds; infinity: never), length of the owner
 _HEAD_BYTES: Final = _HEAD.size
 _SWEEP_AT_ONCE: Final = 250
+# How long whoever goes on with a cursor whose collection has gone is told so.
+_BEREFT_SECONDS: Final = 600.0
 
 
 class Cursor(NamedTuple):
@@ -97,7 +99,7 @@ class Cursors:
         try:
             with self._env.begin(write=True) as transaction:
                 current = transaction.get(key)
-                if current is None or len(current) == _HEAD_BYTES + len(cursor_owner):
+                if current is None or _bereft(current):
                     return False
                 transaction.put(key, record)
         except lmdb.Error as error:
@@ -105,12 +107,18 @@ class Cursors:
         return True
 
     def bereave(self, cursor_ids: list[int]) -> None:
-        """What these cursors read has gone: their continuation becomes empty, for `get` to tell whoever goes on."""
-        for cursor_id in cursor_ids:
-            key = _KEY.pack(cursor_id)
+        """What these cursors read has gone: nothing is left of them but whose they were, for a while."""
+        at_most = time.time() + _BEREFT_SECONDS
+        try:
             with self._env.begin(write=True) as transaction:
-                if (record := transaction.get(key)) is not None:
-                    transaction.put(key, record[: _HEAD_BYTES + _HEAD.unpack_from(record)[1]])
+                for key in map(_KEY.pack, cursor_ids):
+                    if (record := transaction.get(key)) is not None:
+                        expires, size = _HEAD.unpack_from(record)
+                        transaction.put(
+                            key, _pack(record[_HEAD_BYTES : _HEAD_BYTES + size], min(expires, at_most), b"")
+                        )
+        except lmdb.Error:
+            self.remove(cursor_ids)  # which needs no room
 
     def get(self, cursor_id: int) -> Cursor | None:
         """The cursor, or None if it is unknown or has expired."""
@@ -162,9 +170,9 @@ class Cursors:
         return self._some(begin, lambda record: bool(_HEAD.unpack_from(record)[0] <= now))
 
     def of_owners(self, prefix: bytes, begin: bytes = b"") -> tuple[list[int], bytes | None]:
-        """As `expired`, those whose owner begins with ``prefix``."""
+        """As `expired`, those whose owner begins with ``prefix`` and that have something to go on with."""
         owned = slice(_HEAD_BYTES, _HEAD_BYTES + len(prefix))
-        return self._some(begin, lambda record: record[owned] == prefix)
+        return self._some(begin, lambda record: record[owned] == prefix and not _bereft(record))
 
     def _some(self, begin: bytes, chosen: Callable[[memoryview], bool]) -> tuple[list[int], bytes | None]:
         found: list[int] = []
@@ -180,6 +188,10 @@ class Cursors:
     def close(self) -> None:
         """Unmap the registry; it goes on to exist for the other workers."""
         self._env.close()
+
+
+def _bereft(record: bytes | memoryview) -> bool:
+    return len(record) == _HEAD_BYTES + int(_HEAD.unpack_from(record)[1])
 
 
 def _pages(stat: dict[str, int]) -> int:

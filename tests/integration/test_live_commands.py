@@ -39,7 +39,7 @@ def test_documents_are_written_changed_counted_and_deleted(database: Database[Do
     assert nothing_new["lastErrorObject"] == {"n": 1, "updatedExisting": True}
     assert things.delete_many({"n": 10}).deleted_count == 3
     assert things.count_documents({}) == 6
-    assert things.estimated_document_count() > 0  # as many as there were when PostgreSQL last looked
+    assert 6 <= things.estimated_document_count() <= 10  # as many as there were when PostgreSQL last looked
     assert sorted(things.distinct("n")) == [1, 2, 7, 100]
     done = things.bulk_write([UpdateOne({"_id": 4}, {"$set": {"x": 1}}), UpdateOne({"_id": 7}, {"$set": {"x": 1}})])
     assert done.modified_count == 2
@@ -168,6 +168,7 @@ def test_what_a_single_server_cannot_promise_is_refused(
         ({"find": "c", "apiVersion": 1}, 322),
         ({"find": "c", "apiStrict": True}, 4886600),
         ({"find": "c", "apiDeprecationErrors": False}, 4886600),
+        ({"find": "c", "apiVersion": "1", "apiStrict": 0}, 14),
         ({"distinct": "c", "key": "x", "apiVersion": "1"}, None),
         ({"distinct": "c", "key": "x", "apiVersion": "1", "apiStrict": False}, None),
         ({"distinct": "c", "key": "x", "apiVersion": "1", "apiStrict": True}, 323),

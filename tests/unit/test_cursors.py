@@ -52,10 +52,14 @@ def test_bereft_cursors_have_nothing_to_go_on_with_and_stay_so(cursors: Cursors)
     assert cursors.of_owners(b"db.") == ([1, 2], None)
     assert cursors.of_owners(b"d.") == ([], None)
     cursors.bereave([1, 3])
-    assert cursors.get(1) == Cursor(mine, _SOON, b"")
+    assert cursors.of_owners(b"db.c\0") == ([], None)
+    bereft = cursors.get(1)
+    assert bereft is not None
+    assert (bereft.owner, bereft.continuation) == (mine, b"")
+    assert bereft.expires < time.time() + 3600
     # A page was under way.
     assert not cursors.advance(1, mine, _SOON, b"two")
-    assert cursors.get(1) == Cursor(mine, _SOON, b"")
+    assert cursors.get(1) == bereft
     assert cursors.get(2) == Cursor(other, _SOON, b"one")
     assert cursors.get(3) is None
     assert cursors.of_sessions([b"s" * 16]) == [1]
