@@ -127,7 +127,7 @@ _NAMES: dict[int, str] = {
     262: "ExceededTimeLimit",
     263: "OperationNotSupportedInTransaction",
     276: "IndexBuildAborted",
-    291: "UnableToFindIndex",
+    291: "NoQueryExecutionPlans",
     322: "APIVersionError",
     323: "APIStrictError",
     352: "UnsupportedOpQueryCommand",

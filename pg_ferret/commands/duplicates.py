@@ -6,9 +6,14 @@ found again: the pattern in the list of indexes, the values in the statement tha
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
+from uuid import UUID
+
+from bson import Binary, DatetimeMS, MaxKey, MinKey, ObjectId
 
 from pg_ferret.commands import documents
 from pg_ferret.commands.arguments import database
@@ -24,6 +29,7 @@ _INDEX_NAME = re.compile(r"Index '(.*)'", re.DOTALL)
 _ID_CONSTRAINT = re.compile(r"constraint \"collection_pk_\d+\"")
 _CONSTRAINT = re.compile(r"constraint \"documents_rum_index_(\d+)\"")
 _ID_INDEX = "_id_"
+_UUID_BYTES = 16
 
 
 class Keys:
@@ -98,16 +104,30 @@ def _shell(values: Mapping[str, Any]) -> str:
 
 
 def _shell_value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, Mapping):
-        return _shell(value)
-    if isinstance(value, list):
-        return "[ " + ", ".join(map(_shell_value, value)) + " ]"
-    if type(value).__name__ == "ObjectId":
-        return f"ObjectId('{value}')"
-    return str(value)
+    text = str(value)
+    match value:
+        case None:
+            text = "null"
+        case bool():
+            text = text.lower()
+        case str():
+            text = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        case float() if not math.isfinite(value):
+            text += ".0"
+        case Mapping():
+            text = _shell(value)
+        case list():
+            text = "[ " + ", ".join(map(_shell_value, value)) + " ]"
+        case ObjectId():
+            text = f"ObjectId('{value}')"
+        case Binary(subtype=4) if len(value) == _UUID_BYTES:
+            text = f'UUID("{UUID(bytes=bytes(value))}")'
+        case bytes():
+            text = f"BinData({getattr(value, 'subtype', 0)}, {value.hex().upper()})"
+        case DatetimeMS():
+            text = f"new Date({int(value)})"
+        case datetime():
+            text = f"new Date({int(DatetimeMS(value))})"
+        case MinKey() | MaxKey():
+            text = type(value).__name__
+    return text
