@@ -36,10 +36,11 @@ async def repeat(error: EngineError, call: Call, params: Params, request: Reques
     """
     if error.sqlstate not in CONFLICTS:
         raise error
+    namespace = namespace_text(request)
     limit = (request.integer(b"maxTimeMS") or 0) / 1000 or math.inf
     deadline = time.monotonic() + limit
-    _log.info("a write that PostgreSQL rolled back is made again", namespace=namespace_text(request), error=str(error))
-    async with _turns.setdefault(namespace_text(request), asyncio.Lock()):
+    _log.info("a write that PostgreSQL rolled back is made again", namespace=namespace, error=str(error))
+    async with _turns.setdefault(namespace, asyncio.Lock()):
         for number in range(_MOST_TRIES):
             await asyncio.sleep(random.random() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**number))
             if time.monotonic() > deadline:
@@ -50,5 +51,5 @@ async def repeat(error: EngineError, call: Call, params: Params, request: Reques
                 if another.sqlstate not in CONFLICTS:
                     raise
                 error = another
-    _log.warning("a write was rolled back each time", namespace=namespace_text(request), times=_MOST_TRIES + 1)
+    _log.warning("a write was rolled back each time", namespace=namespace, times=_MOST_TRIES + 1)
     raise error

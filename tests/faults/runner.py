@@ -94,7 +94,7 @@ def run(item: Fault, rounds: int, patience: float = 1.0) -> Result:
     cluster = new_cluster({"ferretdb.cursor_timeout": "2s", **item.settings})
     try:
         cluster.start()
-        stage = Stage(cluster, _load(cluster.uri, item), item.within * patience)
+        stage = Stage(cluster, _load(cluster.uri, item), item.within * patience, patience)
         return _run(item, rounds, stage, started)
     finally:
         cluster.destroy()

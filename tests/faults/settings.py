@@ -226,8 +226,7 @@ def worker_timeout(stage: Stage) -> None:
 def graceful_timeout(stage: Stage) -> None:
     stage.configure(enabled="off")
     seconds = stage.until(lambda: len(stage.status()) == 1, "drained")
-    # By default it takes ten.
-    stage.check(seconds < 4.5, f"draining took {seconds:.1f} s")
+    stage.check(seconds < 2.5 * stage.patience, f"draining took {seconds:.1f} s")
     del stage.cluster.settings["ferretdb.enabled"]
 
 

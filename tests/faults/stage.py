@@ -45,6 +45,7 @@ class Stage:
     cluster: Cluster
     load: Load
     limit: float  # seconds within which each recovery has to come
+    patience: float = 1.0  # multiplies what else has a time limit
     recoveries: list[float] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)  # other figures, by name
     problems: list[str] = field(default_factory=list)

@@ -38,7 +38,7 @@ def loaded_stage() -> Iterator[Stage]:
     try:
         cluster.start()
         load = Load(cluster.uri, writers=2, readers=2, idle=10)
-        stage = Stage(cluster, load, 5.0)
+        stage = Stage(cluster, load, 5.0, _PATIENCE)
         stage.until(stage.ready, "ready")
         load.start()
         yield stage

@@ -74,8 +74,7 @@ async def test_cursors_end_though_the_client_has_gone(cursors: Cursors, after: b
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    for _ in range(100):  # turns of the loop
-        await asyncio.sleep(0)
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
     assert bereft(cursors) == 1000
 
 
