@@ -18,6 +18,10 @@ from pg_ferret.wire.message import frame_length, reply_head
 _log = structlog.get_logger()
 # Sends a descriptor to the other workers; False if that is not possible now.
 HandOver = Callable[[int], bool]
+# Watches a descriptor of its own of the client, in place of the transport; None if that is not possible now.
+Keep = Callable[["Connection", int], asyncio.Transport | None]
+# Whom a transport tells what happens after its client has been taken from it.
+_NOBODY = asyncio.Protocol()
 # Requests that a client sends ahead are answered in order; beyond this many they stay in the socket.
 _AHEAD = 4
 # After so many answers without a wait, let the other clients have a turn.
@@ -277,25 +281,49 @@ class Connection(asyncio.Protocol):
         The client notices nothing: what it has sent and we have not read, the other one reads.
         """
         self._hand_over = hand_over
-        transport = self._transport
-        if transport is None or transport.is_closing() or self._busy:
-            return False
-        if self._buffer is not None or transport.get_write_buffer_size():
-            return False
-        if not hand_over(transport.get_extra_info("socket").fileno()):
+        transport = self._resting()
+        if transport is None or not hand_over(transport.get_extra_info("socket").fileno()):
             return False
         transport.abort()  # our descriptor only: the connection lives on in the other worker
         return True
+
+    def _resting(self) -> asyncio.Transport | None:
+        """The transport, if nothing is under way in either direction."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._busy:
+            return None
+        if self._buffer is not None or transport.get_write_buffer_size():
+            return None
+        return transport
+
+    def park(self, keep: Keep) -> None:
+        """Have something smaller than a transport watch this client, unless a request is under way.
+
+        As with `move`, what the client sends meanwhile stays in its socket.
+        """
+        transport = self._resting()
+        if transport is None or transport.get_extra_info("parked"):
+            return
+        parked = keep(self, transport.get_extra_info("socket").fileno())
+        if parked is not None:
+            self._transport = parked
+            transport.set_protocol(_NOBODY)
+            transport.abort()  # our descriptor only
 
     def stay(self) -> None:
         """Forget ``move``: there is nobody to go to."""
         self._hand_over = None
 
-    def close_if_quiet(self) -> None:
-        """Close if nothing has come since this was last asked and nothing is to be answered."""
+    def quiet(self) -> bool:
+        """Whether nothing has come since this was last asked and nothing is to be answered."""
         if self._touched or self._busy:
             self._touched = False
-        elif self._transport is not None:
+            return False
+        return True
+
+    def close_if_quiet(self) -> None:
+        """Close if `quiet`."""
+        if self.quiet() and self._transport is not None:
             self._transport.close()
 
     def drain(self) -> None:

@@ -29,6 +29,7 @@ from pg_ferret.engine.pool import TICK_SECONDS, Pool
 from pg_ferret.engine.scheduling import schedule
 from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Adopter, Balance, Listener
+from pg_ferret.parking import Parking
 from pg_ferret.refusal import WAITING_AT_MOST, Refusal
 from pg_ferret.state import backlog, directory
 from pg_ferret.state.client import Client, Services
@@ -86,7 +87,7 @@ class Worker:
         self._accepted = 0
         self._number = 0
         self._most_clients = 0
-        self._peak = 0  # clients at a time, since memory was given back
+        self._peak = 0  # clients with a transport at a time, since memory was given back
         self._trim_at = 0.0  # on the loop's clock: when memory is given back at the latest
         self._refusal_told = -_REFUSAL_LOG_SECONDS
         self._stop = asyncio.Event()
@@ -109,6 +110,8 @@ class Worker:
             await pool.open()
         keeper = Housekeeper(self._services, place)
         tasks = [loop.create_task(work) for work in (keeper.run(), self._tend())]
+        self._parking = parking = Parking(loop, self._connect)
+        sweeping = loop.create_task(parking.run(self._clients))
         self._beat()
         self._watch_clients()
         loop.add_reader(boot.control.fileno(), self._controlled)
@@ -118,10 +121,12 @@ class Worker:
         _log.info("ready")
         await self._stop.wait()
         adopter.close()
+        sweeping.cancel()
         await self._drain()
         for task in tasks:
             task.cancel()
         keeper.close()
+        parking.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(pool.close(), 1.0)
         self._next_beat.cancel()
@@ -167,6 +172,9 @@ class Worker:
         client = Client(self._services, connection_id, peer)
         connection = Connection(client, self._loop, self._when_left)
         self._clients.add(connection)
+        self._connect(connection, accepted)
+
+    def _connect(self, connection: Connection, accepted: socket.socket) -> None:
         self._arrive(start(self._loop, self._attach(connection, accepted)))
 
     def _reason_to_refuse(self) -> str:
@@ -364,7 +372,7 @@ class Worker:
 
     def _give_back(self) -> None:
         """Memory of past peaks goes back to the system: glibc alone would keep it for the next ones."""
-        count = len(self._clients)
+        count = len(self._clients) - len(self._parking)
         self._peak = max(self._peak, count)
         now = self._loop.time()
         if self._peak - count >= _MANY_CLIENTS or now >= self._trim_at:

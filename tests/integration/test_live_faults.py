@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
+import bson
 import pytest
 from pymongo import MongoClient
 from pymongo.errors import NotPrimaryError, PyMongoError
@@ -242,6 +246,49 @@ def test_a_thousand_connections_are_shared_evenly(cluster: Cluster) -> None:
     finally:
         for connection in connections:
             connection.close()
+
+
+def parked(pid: int) -> int:
+    """How many clients of a worker are watched by its second epoll instance, which the first one watches."""
+    instances: dict[str, set[str]] = {}
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(descriptor) == "anon_inode:[eventpoll]":
+                text = Path(f"/proc/{pid}/fdinfo/{descriptor.name}").read_text()
+                instances[descriptor.name] = set(re.findall(r"^tfd:\s+(\d+)", text, re.MULTILINE))
+    watched = set().union(*instances.values())
+    return sum(len(targets) for descriptor, targets in instances.items() if descriptor in watched)
+
+
+def test_quiet_clients_are_parked_and_notice_nothing(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(**{"ferretdb.workers": "1"})
+    command = bson.encode({"ping": 1, "$db": "admin"})
+    request = struct.pack("<iiiiIB", 21 + len(command), 1, 0, 2013, 0, 0) + command
+
+    def the_worker() -> dict[str, str | None]:
+        workers = cluster.status()[1:]
+        return workers[0] if [row["state"] for row in workers] == ["ready"] else {}
+
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", cluster.port)
+        clients = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(40)]
+
+        def ping(those: list[socket.socket]) -> None:
+            for client in those:
+                client.sendall(request)
+            for client in those:
+                assert client.recv(1000).endswith(bson.encode({"ok": 1.0}))
+
+        ping(clients)
+        pid = int(wait_for(the_worker)["pid"] or 0)
+        wait_for(lambda: parked(pid) == 40, deadline=30)
+        ping(clients[:20])
+        assert parked(pid) == 20
+        cluster.psql("select ferretdb.restart_workers()")
+        wait_for(lambda: not lives(pid))
+        wait_for(lambda: the_worker().get("connections") == "40")
+        ping(clients)
+    wait_for(lambda: the_worker().get("connections") == "0")
 
 
 def test_every_column_of_the_status_view_has_a_value(cluster: Cluster) -> None:

@@ -12,10 +12,10 @@ import pytest
 from pg_ferret import registry
 from pg_ferret.connection import Connection
 from pg_ferret.registry import Command
-from pg_ferret.state.backlog import Backlog
-from pg_ferret.state.client import Client, Counters
+from pg_ferret.state.client import Client
 from pg_ferret.wire import message as wire_message
 from pg_ferret.wire.message import Request
+from tests.unit.fake_services import Services, message
 
 
 class Transport(asyncio.Transport):
@@ -54,24 +54,6 @@ class Transport(asyncio.Transport):
         return [(struct.unpack_from("<i", frame, 8)[0], bson.decode(frame[21:])) for frame in self.written]
 
 
-class Services:
-    """What dispatch touches of a worker."""
-
-    def __init__(self) -> None:
-        self.counters = Counters()
-        self.troubles: list[str] = []
-        self.engine = self
-        self.abandoned: list[str] = []
-        self.backlog = Backlog()
-        self.backlog.limit = 1 << 40
-
-    def abandon(self, request: str) -> None:
-        self.abandoned.append(request)
-
-    def trouble(self, text: str) -> None:
-        self.troubles.append(text)
-
-
 class Rig:
     """A connection with its surroundings."""
 
@@ -99,11 +81,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     monkeypatch.setitem(registry.COMMANDS, b"slow", Command("slow", slow, "", False))
     monkeypatch.setattr(wire_message, "_shapes", wire_message.Shapes())  # they remember commands
     return event
-
-
-def message(command: dict[str, Any], number: int = 1, flags: int = 0) -> bytes:
-    body = bson.encode(command | {"$db": "admin"})
-    return struct.pack("<iiiiI", 21 + len(body), number, 0, 2013, flags) + b"\0" + body
 
 
 async def settle() -> None:

@@ -24,6 +24,7 @@ ROWS = (
     "pg_ferret.commands",
     "pg_ferret.dispatch | pg_ferret.housekeeping",
     "pg_ferret.connection | pg_ferret.listener | pg_ferret.refusal",
+    "pg_ferret.parking",
     "pg_ferret.server",
     "supervisor",
 )

@@ -1,0 +1,34 @@
+"""A worker without PostgreSQL, as far as a client's connection needs one, and messages for it."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import bson
+
+from pg_ferret.state.backlog import Backlog
+from pg_ferret.state.client import Counters
+
+
+class Services:
+    """What dispatch touches of a worker."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.troubles: list[str] = []
+        self.engine = self
+        self.abandoned: list[str] = []
+        self.backlog = Backlog()
+        self.backlog.limit = 1 << 40
+
+    def abandon(self, request: str) -> None:
+        self.abandoned.append(request)
+
+    def trouble(self, text: str) -> None:
+        self.troubles.append(text)
+
+
+def message(command: dict[str, Any], number: int = 1, flags: int = 0) -> bytes:
+    body = bson.encode(command | {"$db": "admin"})
+    return struct.pack("<iiiiI", 21 + len(body), number, 0, 2013, flags) + b"\0" + body
