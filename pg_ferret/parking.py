@@ -19,7 +19,7 @@ from pg_ferret.connection import Connection
 # Whoever has sent nothing from one sweep to the next is quiet.
 SWEEP_SECONDS = 5.0
 # Clients looked at, or given a transport again, before others have a turn.
-_AT_ONCE = 32
+_AT_ONCE = 16
 _STIRRED = select.EPOLLIN | select.EPOLLRDHUP
 
 
