@@ -321,6 +321,10 @@ class Connection(asyncio.Protocol):
             return False
         return True
 
+    def touch(self) -> None:
+        """Whoever asks next is not told `quiet`."""
+        self._touched = True
+
     def close_if_quiet(self) -> None:
         """Close if `quiet`."""
         if self.quiet() and self._transport is not None:

@@ -139,18 +139,21 @@ class Balance:
     def workers(self) -> list[Slot]:
         """The slots with a worker, this one's included; most slots of the table are free, so they are looked up anew
         only now and then."""
-        now = time.monotonic()
-        if now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
-            self._workers = [slot for slot in self._status.slots[1:] if slot.get("kind") == Kind.WORKER]
+        if time.monotonic() - self._looked >= _LOOK_SECONDS:
+            self._look()
         return self._workers
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        self._workers = [slot for slot in self._status.slots[1:] if slot.get("kind") == Kind.WORKER]
 
     def _takes_clients(self, other: Slot) -> bool:
         return other.get("state") == State.READY and other.heartbeat_age() < _STALE_SECONDS
 
     def others(self) -> bool:
-        """Whether another worker takes clients."""
-        return any(self._takes_clients(slot) for slot in self.workers() if slot is not self._mine)
+        """Whether another worker takes clients, at this very moment: a successor has only just come."""
+        self._look()
+        return any(self._takes_clients(slot) for slot in self._workers if slot is not self._mine)
 
     def room(self, lead: int = _LEAD) -> int:
         """How many clients this worker may take before it is clearly ahead of the least loaded one, by ``lead`` and a

@@ -232,6 +232,8 @@ class Worker:
         """
         self._slot.set(state=State.DRAINING)
         self._listen({})
+        for connection in self._clients:
+            connection.touch()  # the last sweep may have asked a moment ago
         deadline = self._loop.time() + self._services.config.settings.graceful_timeout / 1000
         while self._clients and not self._fast.is_set() and self._loop.time() < deadline:
             if self._balance.others():

@@ -266,6 +266,17 @@ async def test_a_quiet_connection_is_closed_and_one_in_use_is_not(gate: asyncio.
     assert rig.transport.closed
 
 
+async def test_a_client_that_counts_anew_is_not_closed_at_once() -> None:
+    rig = Rig()
+    assert not rig.connection.quiet()
+    assert rig.connection.quiet()
+    rig.connection.touch()
+    rig.connection.close_if_quiet()
+    assert not rig.transport.closed
+    rig.connection.close_if_quiet()
+    assert rig.transport.closed
+
+
 def test_a_command_cannot_be_registered_twice() -> None:
     with pytest.raises(ValueError, match="ping"):
         registry.command("ping", help="again")(registry.COMMANDS[b"ping"].handler)
