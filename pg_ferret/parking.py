@@ -26,12 +26,12 @@ _STIRRED = select.EPOLLIN | select.EPOLLRDHUP
 class Parked(asyncio.Transport):
     """What a parked client has for a transport: it can be given away and closed."""
 
-    __slots__ = ("_connection", "_descriptor", "_parking")
+    __slots__ = ("_descriptor", "_parking", "connection")
 
     def __init__(self, parking: Parking, connection: Connection, descriptor: int) -> None:
         # Without super().__init__(): it would make a dictionary for each.
         self._parking = parking
-        self._connection = connection
+        self.connection = connection  # whose it is
         self._descriptor = descriptor
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
@@ -56,18 +56,13 @@ class Parked(asyncio.Transport):
     def abort(self) -> None:
         if self._descriptor >= 0:
             os.close(self.leave())
-            self._parking.loop.call_soon(self._connection.connection_lost, None)
+            self._parking.loop.call_soon(self.connection.connection_lost, None)
 
     def leave(self) -> int:
         """The descriptor, which is watched no longer."""
         descriptor, self._descriptor = self._descriptor, -1
         self._parking.forget(descriptor)
         return descriptor
-
-    @property
-    def connection(self) -> Connection:
-        """Whose it is."""
-        return self._connection
 
 
 class Parking:

@@ -110,8 +110,8 @@ class Worker:
             await pool.open()
         keeper = Housekeeper(self._services, place)
         tasks = [loop.create_task(work) for work in (keeper.run(), self._tend())]
-        self._parking = parking = Parking(loop, self._connect)
-        sweeping = loop.create_task(parking.run(self._clients))
+        self._parking = Parking(loop, self._connect)
+        sweeping = loop.create_task(self._parking.run(self._clients))
         self._beat()
         self._watch_clients()
         loop.add_reader(boot.control.fileno(), self._controlled)
@@ -126,7 +126,7 @@ class Worker:
         for task in tasks:
             task.cancel()
         keeper.close()
-        parking.close()
+        self._parking.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(pool.close(), 1.0)
         self._next_beat.cancel()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -15,7 +13,6 @@ from pg_ferret.engine.pool import Pool
 from tests.integration.conftest import configuration
 
 MakePool = Callable[[int], AbstractAsyncContextManager[Pool]]
-PATIENCE_SECONDS = 10.0
 
 
 @asynccontextmanager
@@ -28,14 +25,6 @@ async def opened_pool(cluster: Cluster, most: int) -> AsyncIterator[Pool]:
         yield pool
     finally:
         await pool.close()
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    """Give the loop turns until it is so."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 def active(cluster: Cluster) -> list[str | None]:

@@ -13,7 +13,8 @@ from pymongo import MongoClient
 from dev.cluster import Cluster
 from pg_ferret.engine.limits import conninfo
 from tests.integration.conftest import configuration
-from tests.integration.pools import active, wait_until
+from tests.integration.pools import active
+from tests.turns import wait_until
 
 Document = dict[str, Any]
 _UPDATE = "select documentdb_api.update('line', %b, null, null)"

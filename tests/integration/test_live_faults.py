@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -24,6 +23,7 @@ from pymongo.errors import NotPrimaryError, PyMongoError
 
 from dev.cluster import Cluster, ClusterError, answers_hello, free_port, port_is_free, wait_for
 from tests.integration.conftest import CLIENT_OPTIONS
+from tests.unit.fake_services import message
 
 Document = dict[str, Any]
 NewCluster = Callable[..., Cluster]
@@ -262,8 +262,6 @@ def parked(pid: int) -> int:
 
 def test_quiet_clients_are_parked_and_notice_nothing(new_cluster: NewCluster) -> None:
     cluster = new_cluster(**{"ferretdb.workers": "1"})
-    command = bson.encode({"ping": 1, "$db": "admin"})
-    request = struct.pack("<iiiiIB", 21 + len(command), 1, 0, 2013, 0, 0) + command
 
     def the_worker() -> dict[str, str | None]:
         workers = cluster.status()[1:]
@@ -275,7 +273,7 @@ def test_quiet_clients_are_parked_and_notice_nothing(new_cluster: NewCluster) ->
 
         def ping(those: list[socket.socket]) -> None:
             for client in those:
-                client.sendall(request)
+                client.sendall(message({"ping": 1}))
             for client in those:
                 assert client.recv(1000).endswith(bson.encode({"ok": 1.0}))
 

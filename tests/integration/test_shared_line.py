@@ -23,7 +23,8 @@ from pg_ferret.engine.pool import Pool
 from pg_ferret.engine.shared import Reads
 from pg_ferret.errors import EngineError
 from tests.integration.conftest import configuration
-from tests.integration.pools import PATIENCE_SECONDS, MakePool, active, locked, opened_pool, wait_until
+from tests.integration.pools import MakePool, active, locked, opened_pool
+from tests.turns import PATIENCE_SECONDS, wait_until
 
 Document = dict[str, Any]
 _SHAPE = 1

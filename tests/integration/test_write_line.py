@@ -21,7 +21,8 @@ from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
 from pg_ferret.errors import EngineError, EngineLostError
 from tests.integration.conftest import NewCluster, configuration
-from tests.integration.pools import PATIENCE_SECONDS, MakePool, active, opened_pool, table_of, wait_until
+from tests.integration.pools import MakePool, active, opened_pool, table_of
+from tests.turns import PATIENCE_SECONDS, wait_until
 
 Document = dict[str, Any]
 _SHAPE = 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, cast
 
 import bson
 
 from pg_ferret.state.backlog import Backlog
-from pg_ferret.state.client import Counters
+from pg_ferret.state.client import Client, Counters
+from pg_ferret.state.client import Services as RealServices
 
 
 class Services:
@@ -21,6 +22,10 @@ class Services:
         self.abandoned: list[str] = []
         self.backlog = Backlog()
         self.backlog.limit = 1 << 40
+
+    def client(self, number: int = 1) -> Client:
+        """One of its clients."""
+        return Client(cast(RealServices, self), number, "peer")
 
     def abandon(self, request: str) -> None:
         self.abandoned.append(request)

@@ -15,6 +15,7 @@ from pg_ferret.registry import Command
 from pg_ferret.state.client import Client
 from pg_ferret.wire import message as wire_message
 from pg_ferret.wire.message import Request
+from tests.turns import settle
 from tests.unit.fake_services import Services, message
 
 
@@ -61,8 +62,7 @@ class Rig:
         self.services = Services()
         self.transport = Transport()
         self.gone = 0
-        client = Client(self.services, 1, "peer")  # type: ignore[arg-type]
-        self.connection = Connection(client, asyncio.get_running_loop(), self._closed)
+        self.connection = Connection(self.services.client(), asyncio.get_running_loop(), self._closed)
         self.connection.connection_made(self.transport)
 
     def _closed(self, _connection: Connection) -> None:
@@ -81,12 +81,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     monkeypatch.setitem(registry.COMMANDS, b"slow", Command("slow", slow, "", False))
     monkeypatch.setattr(wire_message, "_shapes", wire_message.Shapes())  # they remember commands
     return event
-
-
-async def settle() -> None:
-    """Let everything happen that can."""
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 async def test_a_message_is_answered_at_once() -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import struct
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,11 +17,10 @@ import uvloop
 from pg_ferret import parking
 from pg_ferret.connection import Connection
 from pg_ferret.parking import Parking
-from pg_ferret.state.client import Client
+from tests.turns import PATIENCE_SECONDS, settle, wait_until
 from tests.unit.fake_services import Services, message
 
 Loop = Callable[[], asyncio.AbstractEventLoop]
-PATIENCE_SECONDS = 10.0
 
 
 class Lot:
@@ -33,6 +31,7 @@ class Lot:
         self.services = Services()
         self.parking = Parking(self.loop, self.attach)
         self.clients: set[Connection] = set()
+        self.peers: list[Peer] = []
         self.attached = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -42,19 +41,30 @@ class Lot:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def welcome(self) -> tuple[Connection, Peer]:
+    def connect(self) -> tuple[Connection, Peer]:
+        """A client that has sent nothing yet."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
-        client = Client(self.services, len(self.clients), "peer")  # type: ignore[arg-type]
-        connection = Connection(client, self.loop, self.clients.discard)
+        connection = Connection(self.services.client(len(self.clients)), self.loop, self.clients.discard)
         self.clients.add(connection)
         self.attach(connection, ours)
-        return connection, Peer(theirs)
+        self.peers.append(peer := Peer(theirs))
+        return connection, peer
 
-    async def parked(self, clients: int) -> None:
-        """Until so many are parked."""
-        await until(lambda: len(self.parking) == clients)
+    async def welcome(self) -> tuple[Connection, Peer]:
+        """A client that has been answered once."""
+        connection, peer = self.connect()
+        await peer.ping(1)
+        return connection, peer
+
+    async def close(self) -> None:
+        """All clients go, and are seen to have gone."""
+        for peer in self.peers:
+            peer.sock.close()
+        await wait_until(lambda: not self.clients)
+        assert len(self.parking) == 0
+        self.parking.close()
 
 
 class Peer:
@@ -90,13 +100,6 @@ class Peer:
         return data
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.001)
-
-
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def loop_factory(request: pytest.FixtureRequest) -> Loop:
     factory: Loop = request.param
@@ -110,14 +113,14 @@ def sockets() -> int:
 
 
 def run(loop_factory: Loop, scene: Callable[[Lot], Coroutine[Any, Any, None]]) -> None:
-    """Play a scene, and see that no socket is left."""
+    """Play a scene, and see that no client and no socket is left."""
 
     async def play() -> None:
         before = sockets()
         lot = Lot()
         await scene(lot)
-        lot.parking.close()
-        await until(lambda: sockets() == before)
+        await lot.close()
+        await wait_until(lambda: sockets() == before)
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(play())
@@ -125,29 +128,23 @@ def run(loop_factory: Loop, scene: Callable[[Lot], Coroutine[Any, Any, None]]) -
 
 def test_a_parked_client_is_served_as_soon_as_it_sends(loop_factory: Loop) -> None:
     async def scene(lot: Lot) -> None:
-        connection, peer = lot.welcome()
-        await peer.ping(1)
+        connection, peer = await lot.welcome()
         for number in range(2, 5):
             lot.parking.park(connection)
             assert len(lot.parking) == 1
             await peer.ping(number)
             assert len(lot.parking) == 0
         assert lot.attached == 4
-        peer.sock.close()
-        await until(lambda: not lot.clients)
 
     run(loop_factory, scene)
 
 
 def test_what_has_come_before_parking_is_answered(loop_factory: Loop) -> None:
     async def scene(lot: Lot) -> None:
-        connection, peer = lot.welcome()
-        await peer.ping(1)
+        connection, peer = await lot.welcome()
         peer.sock.send(message({"ping": 1}, 2))  # without a turn of the loop
         lot.parking.park(connection)
         assert await peer.reply() == 2
-        peer.sock.close()
-        await until(lambda: not lot.clients)
 
     run(loop_factory, scene)
 
@@ -174,10 +171,8 @@ def test_nothing_is_lost_whenever_a_client_is_parked(loop_factory: Loop) -> None
             while answered < sent:
                 assert await peer.reply() == answered
                 answered += 1
-            peer.sock.close()
 
-        await asyncio.gather(*(talk(*lot.welcome()) for _ in range(20)))
-        await until(lambda: not lot.clients)
+        await asyncio.gather(*(talk(*lot.connect()) for _ in range(20)))
         assert lot.attached > 200
 
     run(loop_factory, scene)
@@ -185,11 +180,10 @@ def test_nothing_is_lost_whenever_a_client_is_parked(loop_factory: Loop) -> None
 
 def test_a_parked_client_that_goes_is_forgotten(loop_factory: Loop) -> None:
     async def scene(lot: Lot) -> None:
-        connection, peer = lot.welcome()
-        await peer.ping(1)
+        connection, peer = await lot.welcome()
         lot.parking.park(connection)
         peer.sock.close()
-        await until(lambda: not lot.clients)
+        await wait_until(lambda: not lot.clients)
         assert len(lot.parking) == 0
 
     run(loop_factory, scene)
@@ -197,17 +191,14 @@ def test_a_parked_client_that_goes_is_forgotten(loop_factory: Loop) -> None:
 
 def test_a_client_in_the_middle_of_a_message_is_not_parked(loop_factory: Loop) -> None:
     async def scene(lot: Lot) -> None:
-        connection, peer = lot.welcome()
-        await peer.ping(1)
+        connection, peer = await lot.welcome()
         data = message({"ping": 1}, 2)
         await peer.send(data[:10])
-        await until(lambda: lot.services.backlog.held == 10)
+        await wait_until(lambda: lot.services.backlog.held == 10)
         lot.parking.park(connection)
         assert len(lot.parking) == 0
         await peer.send(data[10:])
         assert await peer.reply() == 2
-        peer.sock.close()
-        await until(lambda: not lot.clients)
 
     run(loop_factory, scene)
 
@@ -215,15 +206,13 @@ def test_a_client_in_the_middle_of_a_message_is_not_parked(loop_factory: Loop) -
 @pytest.mark.parametrize("end", [Connection.abort, Connection.drain, Connection.close_if_quiet])
 def test_a_parked_client_can_be_closed(loop_factory: Loop, end: Callable[[Connection], None]) -> None:
     async def scene(lot: Lot) -> None:
-        connection, peer = lot.welcome()
-        await peer.ping(1)
+        connection, peer = await lot.welcome()
         assert not connection.quiet()
         lot.parking.park(connection)
         end(connection)
         end(connection)
         assert await peer.at_end()
-        peer.sock.close()
-        await until(lambda: not lot.clients)
+        await wait_until(lambda: not lot.clients)
         assert len(lot.parking) == 0
 
     run(loop_factory, scene)
@@ -231,8 +220,7 @@ def test_a_parked_client_can_be_closed(loop_factory: Loop, end: Callable[[Connec
 
 def test_a_parked_client_can_go_to_another_worker(loop_factory: Loop) -> None:
     async def scene(lot: Lot) -> None:
-        connection, peer = lot.welcome()
-        await peer.ping(1)
+        connection, peer = await lot.welcome()
         lot.parking.park(connection)
         taken: list[int] = []
 
@@ -248,14 +236,12 @@ def test_a_parked_client_can_go_to_another_worker(loop_factory: Loop) -> None:
         await peer.ping(2)
         lot.parking.park(connection)
         assert connection.move(take)
-        await until(lambda: not lot.clients)
+        await wait_until(lambda: not lot.clients)
         await peer.send(b"what is sent now is the other one's")
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await settle()
         assert len(lot.parking) == 0
         with socket.socket(fileno=taken[0]) as other:
             assert other.recv(100) == b"what is sent now is the other one's"
-        peer.sock.close()
 
     run(loop_factory, scene)
 
@@ -265,8 +251,8 @@ def test_only_the_quiet_are_parked(loop_factory: Loop, monkeypatch: pytest.Monke
 
     async def scene(lot: Lot) -> None:
         sweeping = lot.loop.create_task(lot.parking.run(lot.clients))
-        quiet = [lot.welcome()[1] for _ in range(100)]
-        _, lively = lot.welcome()
+        quiet = [lot.connect()[1] for _ in range(100)]
+        _, lively = lot.connect()
         number = 0
         while len(lot.parking) < 100:
             number += 1
@@ -274,9 +260,6 @@ def test_only_the_quiet_are_parked(loop_factory: Loop, monkeypatch: pytest.Monke
         for peer in quiet:
             await peer.ping(1)
         sweeping.cancel()
-        for peer in (*quiet, lively):
-            peer.sock.close()
-        await until(lambda: not lot.clients)
         assert 200 <= lot.attached < 200 + number
 
     run(loop_factory, scene)
@@ -287,13 +270,10 @@ def test_without_a_descriptor_left_a_client_stays_as_it_is(loop_factory: Loop, m
         raise OSError(24, "Too many open files")
 
     async def scene(lot: Lot) -> None:
-        connection, peer = lot.welcome()
-        await peer.ping(1)
+        connection, peer = await lot.welcome()
         monkeypatch.setattr(os, "dup", none_left)
         lot.parking.park(connection)
         assert len(lot.parking) == 0
         await peer.ping(2)
-        peer.sock.close()
-        await until(lambda: not lot.clients)
 
     run(loop_factory, scene)
