@@ -84,6 +84,8 @@ def accepts(address: tuple[str, int]) -> bool:
         socket.create_connection(address).close()
     except ConnectionRefusedError:
         return False
+    except ConnectionResetError:
+        return True  # it listened when this began, and no longer when it ended
     return True
 
 
