@@ -48,11 +48,11 @@ _LOOK_SECONDS = 0.05
 # for each worker (Settings.worker_count).
 _LINES_OF_FINDS = 1
 _LINES_OF_GET_MORES = 2
-# And a write takes as long as it takes the worker to serve it.
+# And a write takes as long as it takes the worker to serve it; one line is enough until many wait in it.
 _LINES_OF_WRITES = 2
 # A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way on,
 # until there are so few. A mixture of both would be slower than either.
-_CROWD = 8
+_CROWD = 6
 _NO_CROWD = 2
 _log = structlog.get_logger()
 

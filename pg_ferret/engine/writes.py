@@ -45,6 +45,8 @@ _BANNED_SECONDS: Final = 1.0
 _GIVEN_UP_SECONDS: Final = 5.0
 _CANCEL_SECONDS: Final = 5.0
 _MOST_WAITING: Final = 128
+# From so many that wait on another line is used: a backend that never sleeps serves them in less time than two.
+_FULL: Final = 12
 _MOST_SHAPES: Final = 10_000
 # How long a write may wait for a lock before it is made elsewhere.
 _LOCK_MILLISECONDS: Final = b"30"
@@ -304,16 +306,24 @@ class Writes(Lines[WriteLine]):
         """
         if not self._crowded():
             return self._alone(write.call, write.params[:-1])
-        shortest = self.shortest(line for line in self.all if line.takes(write.shape))
-        if (shortest is None or shortest.waiting) and self.due:
+        line = self._line_for(write.shape)
+        if (line is None or line.waiting >= _FULL) and self.due:
             self._want(self)
-        if shortest is None and not self._free():
-            shortest = self.shortest(line for line in self.all if line.open)
-        if shortest is not None:
-            return shortest.add(write)
+        if line is None and not self._free():
+            line = self.shortest(line for line in self.all if line.open)
+        if line is not None:
+            return line.add(write)
         if self._shapes.known(write.shape):
             return self._apart(write.call, write.params)
         return self._first(write)
+
+    def _line_for(self, shape: int) -> WriteLine | None:
+        """The line for a write, if any takes it."""
+        taking = [line for line in self.all if line.takes(shape)]
+        for line in taking:
+            if line.waiting < _FULL:
+                return line
+        return self.shortest(taking)
 
     async def _first(self, write: Shared) -> Row:
         """The first of its shape may have a collection made."""

@@ -179,14 +179,15 @@ def test_who_leaves_finishes_first(stage: Stage) -> None:
 class Pool:
     """What the lines know of it."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, *more: Stage) -> None:
         self.is_crowded = True
         self.alone: list[Params] = []
         self.apart: list[Params] = []
         self.wanted = 0
         self.is_free = True
         room = Room(lambda: self.is_crowded, self._alone, self._apart, lambda: self.is_free, self._want)
-        self.writes = Writes(lambda _: stage.line, stage.shapes, room)
+        lines = iter([stage.line, *(other.line for other in more)])
+        self.writes = Writes(lambda _: next(lines), stage.shapes, room)
         self.writes.allot(2)
 
     def _want(self, _: object) -> None:
@@ -206,12 +207,29 @@ def test_a_write_shares_only_among_others(stage: Stage) -> None:
     pool.writes.add(cast(Any, stage.server))
     stage.server.give(stage.line, row(b"30"), sync())
     assert asyncio.isfuture(pool.writes.share(_WRITE))
-    assert pool.wanted == 0
-    assert asyncio.isfuture(pool.writes.share(_WRITE))
-    assert pool.wanted == 1  # somebody is before it
     pool.is_crowded = False
     asyncio.run(cast(Any, pool.writes.share(_WRITE)))
     assert pool.alone == [_WRITE.params[:-1]]
+
+
+def test_one_line_serves_all_until_many_wait(stage: Stage) -> None:
+    second = Stage()
+    pool = Pool(stage, second)
+
+    def share(times: int) -> tuple[int, int, int]:
+        for _ in range(times):
+            assert asyncio.isfuture(pool.writes.share(_WRITE))
+        return stage.line.waiting, second.line.waiting, pool.wanted
+
+    for one in (stage, second):
+        pool.writes.add(cast(Any, one.server))
+        one.server.give(one.line, row(b"30"), sync())
+    pool.writes.allot(3)
+    assert share(12) == (12, 0, 0)
+    assert share(12) == (12, 12, 0)
+    assert share(2) == (13, 13, 2)  # there may be a third
+    stage.server.give(stage.line, *[row(*_DONE), sync()] * 2)
+    assert share(1) == (12, 13, 2)
 
 
 def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
