@@ -20,7 +20,6 @@ from pg_ferret.connection import Connection
 SWEEP_SECONDS = 5.0
 # Clients looked at, or given a transport again, before others have a turn.
 _AT_ONCE = 16
-_STIRRED = select.EPOLLIN | select.EPOLLRDHUP
 
 
 class Parked(asyncio.Transport):
@@ -99,7 +98,7 @@ class Parking:
         except OSError:  # there are as many descriptors as there may be
             return None
         try:
-            self._epoll.register(own, _STIRRED)  # what has come by now counts as well
+            self._epoll.register(own, select.EPOLLIN)  # what has come by now counts as well
         except OSError:
             os.close(own)
             return None
@@ -114,7 +113,15 @@ class Parking:
     def _look(self) -> None:
         for descriptor, _ in self._epoll.poll(0, _AT_ONCE):
             parked = self._parked[descriptor]
-            self._attach(parked.connection, socket.socket(fileno=parked.leave()))
+            parked.connection.touch()
+            stirred = socket.socket(fileno=descriptor)  # first, because it may fail
+            parked.leave()
+            self._attach(parked.connection, stirred)
+
+    def touch_stirred(self) -> None:
+        """Whoever has sent something, or gone, is not quiet, though it may be some turns until it has a transport."""
+        for descriptor, _ in self._epoll.poll(0, max(1, len(self._parked))):
+            self._parked[descriptor].connection.touch()
 
     def close(self) -> None:
         """Watch nobody any more."""

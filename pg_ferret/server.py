@@ -206,9 +206,11 @@ class Worker:
     async def _attach(self, connection: Connection, accepted: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: connection, accepted)
-        except OSError:
+        except BaseException as error:
             accepted.close()
             self._left(connection)
+            if not isinstance(error, OSError):  # the client may be gone already
+                raise
 
     def _left(self, connection: Connection) -> None:
         if connection not in self._clients:
@@ -241,6 +243,7 @@ class Worker:
                 self._move(len(self._clients))
             else:
                 seconds = _QUIET_SECONDS
+                self._parking.touch_stirred()
                 for connection in tuple(self._clients):
                     connection.stay()
                     connection.close_if_quiet()

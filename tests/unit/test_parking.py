@@ -126,6 +126,26 @@ def run(loop_factory: Loop, scene: Callable[[Lot], Coroutine[Any, Any, None]]) -
         runner.run(play())
 
 
+def test_who_has_sent_something_is_not_quiet(loop_factory: Loop) -> None:
+    async def scene(lot: Lot) -> None:
+        # So many that they get their transports in several turns of the loop.
+        clients = [await lot.welcome() for _ in range(50)]
+        for connection, _ in clients:
+            lot.parking.park(connection)
+            connection.quiet()
+        for _, peer in clients[:40]:
+            await peer.send(message({"ping": 1}, 2))
+        for _ in range(3):
+            lot.parking.touch_stirred()
+            for connection, _ in clients:
+                connection.close_if_quiet()
+            await asyncio.sleep(0)
+        assert [await peer.reply() for _, peer in clients[:40]] == [2] * 40
+        assert all([await peer.at_end() for _, peer in clients[40:]])
+
+    run(loop_factory, scene)
+
+
 def test_a_parked_client_is_served_as_soon_as_it_sends(loop_factory: Loop) -> None:
     async def scene(lot: Lot) -> None:
         connection, peer = await lot.welcome()
