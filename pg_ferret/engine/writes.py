@@ -310,7 +310,7 @@ class Writes(Lines[WriteLine]):
         if (line is None or line.waiting >= _FULL) and self.due:
             self._want(self)
         if line is None and not self._free():
-            line = self.shortest(line for line in self.all if line.open)
+            line = self.shortest(other for other in self.all if other.open)
         if line is not None:
             return line.add(write)
         if self._shapes.known(write.shape):
@@ -318,7 +318,7 @@ class Writes(Lines[WriteLine]):
         return self._first(write)
 
     def _line_for(self, shape: int) -> WriteLine | None:
-        """The line for a write, if any takes it."""
+        """Of the lines that take a write the first one with room; where none has any, the shortest."""
         taking = [line for line in self.all if line.takes(shape)]
         for line in taking:
             if line.waiting < _FULL:

@@ -207,6 +207,7 @@ def test_a_write_shares_only_among_others(stage: Stage) -> None:
     pool.writes.add(cast(Any, stage.server))
     stage.server.give(stage.line, row(b"30"), sync())
     assert asyncio.isfuture(pool.writes.share(_WRITE))
+    assert pool.wanted == 0
     pool.is_crowded = False
     asyncio.run(cast(Any, pool.writes.share(_WRITE)))
     assert pool.alone == [_WRITE.params[:-1]]
