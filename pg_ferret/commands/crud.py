@@ -23,9 +23,11 @@ from pg_ferret.state.cursors import Cursor, owner
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
-# Reads that take a while or change the session while they run.
 _FLAGS = frozenset((b"tailable", b"singleBatch"))
-_ALONE = frozenset((b"sort", b"skip", b"maxTimeMS", b"collation", b"hint"))
+# A find with one of them has a connection of its own: they change the session while it runs.
+_ALONE = frozenset((b"maxTimeMS", b"collation", b"hint"))
+# What a page costs depends on these, beside the filter.
+_OF_A_PAGE = (b"limit", b"batchSize", b"sort", b"skip")
 # The engine takes them and does not look at them.
 _IGNORED = frozenset((b"min", b"max"))
 _FOR_EVER = float("inf")
@@ -67,9 +69,12 @@ class _Find(NamedTuple):
     db: bytes
     namespace: Namespace
     body: slice | None  # `as_it_came`
-    filter: bson.Span | None  # of a read that may share a connection if its result is one page
-    whole: bool  # it is
+    filter: bson.Span
+    alone: bool  # it must have a connection of its own
+    point: bool  # otherwise: it neither sorts nor skips, nor does it ask for small pages
+    whole: bool  # its result is one page
     limit: bson.Span
+    sized: list[slice]  # all that says how much it reads, beside the filter
 
 
 @command("find", help="Returns the documents that match a filter.")
@@ -81,18 +86,25 @@ async def find(request: Request, client: Client) -> bytes:
         # A flag that is a number may be another one in the next request of the shape.
         if memo is not None and all(request.fields[name][0] == bson.BOOL for name in _FLAGS & request.fields.keys()):
             memo["find"] = known
-    db, named, place, span, whole, limit = known
+    db, named, place, (_, start, end), alone, point, whole, limit, sized = known
     namespace = named.read(request)
     frame = request.frame
     body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
-    if span is None or not (whole or _by_id(frame, span[1]) or bson.read_int(frame, limit) == 1):
-        return _page(await client.services.engine.call(calls.FIND, (db, body)), namespace, request, client)
+    services = client.services
+    engine = services.engine
+    # What finds one document at most opens a cursor only from a view that has many of the same _id.
+    single = point and (whole or _by_id(frame, start) or bson.read_int(frame, limit) == 1)
+    if not single and (alone or not engine.pages.crowded(services.counters.in_flight - 1)):
+        return _page(await engine.call(calls.FIND, (db, body)), namespace, request, client)
     # Of about the same cost: the same first condition by name and type, about the same length.
-    _, start, end = span
     first = start + 4  # its type; in an empty filter the NUL at the end
-    shape = hash((namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5))
-    row = await client.services.engine.finds.share(Shared(calls.FIND, (db, body), namespace, shape))
-    if row[1] is not None:  # a view may have many documents of the same _id
+    cost = namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5
+    if single:
+        row = await engine.finds.share(Shared(calls.FIND, (db, body), namespace, hash(cost)))
+    else:
+        shape = hash((*cost, *map(frame.__getitem__, sized)))
+        row = await engine.pages.share(Shared(calls.FIND, (db, body), namespace, shape))
+    if row[1] is not None:
         return _page(row, namespace, request, client)
     page = row[0]
     assert page is not None
@@ -107,18 +119,22 @@ def _look_at(request: Request) -> _Find:
         if not bson.is_empty(fields[name]):
             raise CommandError(115, f"find with {name.decode()} is not supported")
     db = database(request)
-    span = fields.get(b"filter")
+    filtered = fields.get(b"filter", bson.MISSING)
+    alone = filtered[0] != bson.DOCUMENT or not _ALONE.isdisjoint(fields)
     whole = request.true(b"singleBatch")
-    # It must leave nothing behind on the connection, no cursor and no time limit.  What finds one document at most
-    # leaves a cursor only if it asks for none to begin with, or from a view that has many of the same _id.
-    if (
-        not _ALONE.isdisjoint(fields)
-        or span is None
-        or span[0] != bson.DOCUMENT
-        or (b"batchSize" in fields and not whole)
-    ):
-        span = None
-    return _Find(db, Namespace.of(request), as_it_came(request), span, whole, fields.get(b"limit", bson.MISSING))
+    sized = {name: fields[name] for name in _OF_A_PAGE if name in fields}
+    point = not alone and (sized.keys() <= {b"limit"} or (whole and sized.keys() <= {b"limit", b"batchSize"}))
+    return _Find(
+        db,
+        Namespace.of(request),
+        as_it_came(request),
+        filtered,
+        alone,
+        point,
+        whole,
+        fields.get(b"limit", bson.MISSING),
+        [slice(start, end) for _, start, end in sized.values()],
+    )
 
 
 @command("aggregate", help="Runs an aggregation pipeline.")

@@ -62,14 +62,14 @@ async def get_more(request: Request, client: Client) -> bytes:
         raise _not_the_owner(cursor, cursor_id, namespace)
     body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
     try:
-        if calls.streams(continuation):
+        if not continuation:
+            services.cursors.remove([cursor_id])
+            raise CommandError(175, f"collection dropped or renamed: {namespace.decode('utf-8', 'replace')}")
+        if calls.streams(continuation) and services.engine.pages.crowded(services.counters.in_flight - 1):
             # Of about the same cost: as many documents of a result by the same command, as far as one can see.
             shape = hash((namespace, frame[size_start:size_end], continuation[_COMMAND]))
             read = Shared(calls.GET_MORE, (db, body, continuation), namespace, shape)
-            page, following = await services.engine.get_mores.share(read)
-        elif not continuation:
-            services.cursors.remove([cursor_id])
-            raise CommandError(175, f"collection dropped or renamed: {namespace.decode('utf-8', 'replace')}")
+            page, following = await services.engine.pages.share(read)
         else:
             page, following = await services.engine.call(calls.GET_MORE, (db, body, continuation))
     except EngineError as error:

@@ -66,10 +66,6 @@ class Backend(Pipeline):
         self._waiter: asyncio.Future[Row] | None = None
         super().__init__(conn, loop)
 
-    def has_prepared(self, call: Call) -> bool:
-        """Whether the call can be made without preparing it."""
-        return call.name in self._prepared
-
     def execute(
         self,
         call: Call,

@@ -20,11 +20,11 @@ import psycopg_pool
 import structlog
 
 from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import FALSE, FIND, FLUSH_COMMITS, GET_MORE, TRUE, Call
+from pg_ferret.engine.calls import FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call
 from pg_ferret.engine.commits import Commits, Committed, unknown
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
-from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
+from pg_ferret.engine.pipeline import LARGE_BYTES, Params, Pipeline, Row, Session
 from pg_ferret.engine.scheduling import schedule
 from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
@@ -47,7 +47,7 @@ _LOOK_SECONDS = 0.05
 # A page takes PostgreSQL ten times a point read's time: two of its processes keep two cores busy, as many as there are
 # for each worker (Settings.worker_count).
 _LINES_OF_FINDS = 1
-_LINES_OF_GET_MORES = 2
+_LINES_OF_PAGES = 2
 # And a write takes as long as it takes the worker to serve it; one line is enough until many wait in it.
 _LINES_OF_WRITES = 2
 # A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way on,
@@ -108,13 +108,10 @@ class Pool:
         costs, shapes = Costs(), Shapes()
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled)
 
-        def reads(call: Call) -> Reads:
-            make = partial(SharedLine, loop=self._loop, call=call, costs=costs, owner=owner)
-            return Reads(call, make, self._measure, self._has_room)
-
+        make_line = partial(SharedLine, loop=self._loop, costs=costs, owner=owner)
         self._costs = costs
-        self.finds = reads(FIND)
-        self.get_mores = reads(GET_MORE)
+        self.finds = Reads(partial(make_line, together=True), self._measure, self._has_room)
+        self.pages = Reads(partial(make_line, together=False), self._measure, self._has_room)
         make = partial(WriteLine, loop=self._loop, shapes=shapes, committed=self._commits.add, owner=owner)
         self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._has_room, self._want))
         self._crowd = False  # whether writes share
@@ -230,7 +227,9 @@ class Pool:
         return self.call(call, (*params, FALSE))
 
     def _under_way(self) -> int:
-        return len(self._all) - len(self._idle) + len(self._waiting)
+        """Requests that have a connection of their own or wait for one."""
+        flusher = self._commits.backend is not None
+        return len(self._all) - len(self._idle) - flusher + len(self._waiting)
 
     def _crowded(self) -> bool:
         """Whether so many others are under way that the next write had better share connection and flush with them."""
@@ -238,7 +237,7 @@ class Pool:
         if commits.backend is None or not commits.allowed:
             self._crowd = False
             return False
-        others = self._under_way() - 1 + commits.pending
+        others = self._under_way() + commits.pending
         for line in self.writes.all:
             others += line.waiting
         if others >= _CROWD:
@@ -268,18 +267,18 @@ class Pool:
             committed.tell(error)
 
     def _lines(self) -> list[Line]:
-        return [*self.finds.all, *self.get_mores.all, *self.writes.all]
+        return [*self.finds.all, *self.pages.all, *self.writes.all]
 
     def _allot_lines(self) -> None:
         """Half of the connections are for those who need one of their own."""
         room = self._limits.largest // 2
         finds = min(_LINES_OF_FINDS, room)
-        # Beside the first line of writes one to flush what they commit, and one for the next pages of cursors.
+        # Beside the first line of writes one to flush what they commit, and one for pages.
         writes = min(_LINES_OF_WRITES, max(0, room - finds - 2))
         flush = writes > 0
         self.finds.allot(finds)
         self.writes.allot(writes)
-        self.get_mores.allot(min(_LINES_OF_GET_MORES, room - finds - writes - flush))
+        self.pages.allot(min(_LINES_OF_PAGES, room - finds - writes - flush))
         self._commits.allowed = flush
         if not flush:
             self._disband()
@@ -313,8 +312,10 @@ class Pool:
             request = self._wait(read.call, read.params, None)
             row = await request.waiter
             started = request.started
-        opens_cursor = read.call is FIND and row[1] is not None
-        self._costs.note(read.shape, math.inf if opens_cursor else self._loop.time() - started)
+        page = row[0]
+        large = page is not None and len(page) > LARGE_BYTES
+        opens_cursor = lines is self.finds and row[1] is not None
+        self._costs.note(read.shape, math.inf if large or opens_cursor else self._loop.time() - started)
         if lines.due:
             self._want(lines)
         return row
@@ -355,7 +356,7 @@ class Pool:
         return False
 
     def _remove_line(self, line: Line) -> bool:
-        found = self.finds.remove(line) or self.get_mores.remove(line) or self.writes.remove(line)
+        found = self.finds.remove(line) or self.pages.remove(line) or self.writes.remove(line)
         self._sharing -= found
         return found
 

@@ -1,9 +1,12 @@
 """Connections for the cheap reads of many clients.
 
 A point read takes PostgreSQL less time than it takes to wake a process up, so the reads that arrive in one turn of the
-event loop go out together: one write, one transaction, one answer.  Whoever turns out to be slow is measured on a
-connection of its own and stays there until it is cheap again.  While the line stands still nobody new joins it, and if
-it does so for long, it is given up: those who wait in it are served elsewhere.
+event loop go out together: one write, one transaction, one answer.  Reads of pages go out one by one, each a
+transaction of its own, so that they may open cursors; what they gain is a process that stays awake.
+
+Whoever turns out to be slow is measured on a connection of its own and stays there until it is cheap again.
+While the line stands still nobody new joins it, and if it does so for long, it is given up: those who wait in it are
+served elsewhere.
 """
 
 from __future__ import annotations
@@ -16,15 +19,32 @@ from collections.abc import Awaitable, Callable
 import psycopg
 from psycopg import pq
 
-from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import FIND, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Line, Lines, Owner, Shared
-from pg_ferret.engine.pipeline import LARGE_BYTES, PIPELINE_ABORTED, PIPELINE_SYNC, TUPLES_OK, Row, Session
-from pg_ferret.errors import EngineLostError
+from pg_ferret.engine.pipeline import (
+    COMMAND_OK,
+    LARGE_BYTES,
+    PIPELINE_ABORTED,
+    PIPELINE_SYNC,
+    TUPLES_OK,
+    Row,
+    Session,
+)
+from pg_ferret.engine.sqlstate import UNPREPARED
+from pg_ferret.errors import EngineError, EngineLostError
 
 # Seconds: what takes no longer is cheap; a line that stands still for longer, and as much for each read, takes nobody.
 CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
+# A read that takes longer in a line is not: twice as long, because a busy machine makes one in a hundred wait.
+_SLOW_SECONDS = 2 * CHEAP_SECONDS
+# Where a page takes longer, in the mean of the last dozens, nobody joins others: to wake a process up for it costs next
+# to nothing then, and if PostgreSQL waits for a disk, those behind it would wait with it.
+_SLOW_PACE_SECONDS = 0.001
+_PACE_WEIGHT = 1 / 32
+# Pages share while they meet so many other requests, in the mean of some dozens.
+_CROWD = 3.0
+_OTHERS_WEIGHT = 1 / 64
 _MOST_WAITING = 128
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
@@ -60,41 +80,56 @@ _Waiting = tuple[Shared, asyncio.Future[Row]]
 
 
 class SharedLine(Line):
-    """A connection for reads by one call, which has been prepared on it before."""
+    """A connection for reads."""
 
     __slots__ = (
         "_answered",
         "_batches",
-        "_call",
         "_costs",
         "_filling",
         "_late",
+        "_leaving",
         "_owner",
+        "_pace",
+        "_prepared",
+        "_preparing",
         "_scheduled",
         "_since",
+        "_together",
     )
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, call: Call, costs: Costs, owner: Owner) -> None:
-        self._call: Call | None = call  # None: the line is leaving
+    def __init__(
+        self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner, *, together: bool
+    ) -> None:
+        """``together``: reads that come in one turn are one transaction, in which none may open a cursor."""
         self._costs = costs
         self._owner = owner
+        self._together = together
+        self._leaving = False
         self._filling: list[_Waiting] = []  # given to libpq, not yet sent
         self._batches: deque[list[_Waiting]] = deque()  # on their way, the oldest first
         self._answered = 0  # reads of the oldest batch that have their answer
         self._since = 0.0  # when the server began with the oldest batch
         self._late = 0.0  # from then on it takes too long
+        self._pace = 0.0  # how long a page has taken lately
+        self._prepared = conn.prepared_names
+        self._preparing: list[bytes] = []  # on their way, in order
         self._scheduled = False
         super().__init__(conn, loop)
 
     def takes(self, read: Shared) -> bool:
         """Whether a read may join."""
-        if read.call is not self._call or not self._costs.cheap(read.shape) or len(self._filling) >= _MOST_WAITING:
+        if self._leaving or not self._costs.cheap(read.shape):
             return False
-        return not self._batches or self._loop.time() <= self._late
+        waiting = len(self._filling) + len(self._batches)
+        if not self._batches:
+            return waiting < _MOST_WAITING
+        return waiting < _MOST_WAITING and self._pace <= _SLOW_PACE_SECONDS and self._loop.time() <= self._late
 
     def may_take(self, read: Shared) -> bool:
         """Whether a read may join if there is no other way, though we are late, or it may be slow."""
-        return read.call is self._call and len(self._filling) < _MOST_WAITING and not self._costs.slow(read.shape)
+        waiting = len(self._filling) + len(self._batches)
+        return not self._leaving and waiting < _MOST_WAITING and not self._costs.slow(read.shape)
 
     @property
     def waiting(self) -> int:
@@ -107,16 +142,27 @@ class SharedLine(Line):
         call, params, _, _ = read
         self._filling.append((read, waiter))
         try:
+            if call.name not in self._prepared:
+                self._prepare(call)
             self._pg.send_query_prepared(call.name, params, call.formats, 1)
         except psycopg.Error:
             self._end()
-        if not self._scheduled:
+        if self._scheduled:
+            pass
+        elif self._together:
             self._scheduled = True
             self._loop.call_soon(self._send)
+        else:
+            self._send()
         return waiter
 
+    def _prepare(self, call: Call) -> None:
+        if call.name not in self._preparing:
+            self._pg.send_prepare(call.name, call.sql)
+            self._preparing.append(call.name)
+
     def _send(self) -> None:
-        """At the end of the loop's turn: all that has come in it goes out together."""
+        """At the end of the loop's turn, if reads go together: all that have come in it."""
         self._scheduled = False
         if not self._filling:
             return
@@ -144,16 +190,23 @@ class SharedLine(Line):
             read, waiter = self._batches[0][self._answered]
             self._answered += 1
             page, following = get(0, 0), get(0, 1)
+            row: Row = (page, following)
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
-            if following is not None and read.call is FIND:
-                # Behind others in a batch the engine keeps the cursor no longer than the batch lasts.
                 self._costs.note(read.shape, math.inf)
-                self._elsewhere(read, waiter)
-            elif not waiter.done():
-                waiter.set_result((page, following))
+            if following is not None and read.call is FIND:
+                if self._together:
+                    # Behind others in a batch the engine keeps the cursor no longer than the batch lasts.
+                    self._costs.note(read.shape, math.inf)
+                    self._elsewhere(read, waiter)
+                    return
+                row = (page, following, get(0, 2))
+            if not waiter.done():
+                waiter.set_result(row)
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
+        elif status == COMMAND_OK:
+            self._prepared.add(self._preparing.pop(0))
         elif status != PIPELINE_ABORTED:
             self._fail(result)
 
@@ -165,6 +218,11 @@ class SharedLine(Line):
             return
         read, waiter = self._batches[0][self._answered]
         self._answered += 1
+        if self._preparing:
+            self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
+        if isinstance(error, EngineError) and error.sqlstate == UNPREPARED:
+            self._elsewhere(read, waiter)
+            return
         self._costs.note(read.shape, STALL_SECONDS)  # whoever sends such reads again is not to hold others up
         if not waiter.done():
             waiter.set_exception(error)
@@ -173,18 +231,20 @@ class SharedLine(Line):
         """The server has done with a batch."""
         now = self._loop.time()
         seconds = (now - self._since) / len(batch)
+        if not self._together:
+            self._pace += (seconds - self._pace) * _PACE_WEIGHT
         if self._batches:
             self._begin(now, self._batches[0])
         else:
             self.busy = False
-        if seconds > CHEAP_SECONDS:
+        if seconds > _SLOW_SECONDS:
             for read, _ in batch:  # one of them is to blame: each has to show anew what it costs
                 self._costs.note(read.shape, seconds)
         if self._answered < len(batch):
             for waiting in batch[self._answered :]:
                 self._elsewhere(*waiting)
         self._answered = 0
-        if self._call is None:
+        if self._leaving:
             self.retire()
 
     def _progress(self) -> object:
@@ -223,7 +283,7 @@ class SharedLine(Line):
 
     def retire(self) -> None:
         """Take nobody any more, and end when those who wait have their answers."""
-        self._call = None
+        self._leaving = True
         if not self.busy and not self._filling and not self.lost:
             self.detach()
             self._owner.ended(self)
@@ -234,13 +294,12 @@ class SharedLine(Line):
 
 
 class Reads(Lines[SharedLine]):
-    """The connections that reads by one call share: results are a page and, if it goes on, the continuation."""
+    """The connections that reads share: results are a page and, if it goes on, the continuation."""
 
-    __slots__ = ("_free", "_measured", "_only", "call")
+    __slots__ = ("_free", "_measured", "_only", "_others")
 
     def __init__(
         self,
-        call: Call,
         make: Callable[[Session], SharedLine],
         measured: Callable[[Reads, Shared], Awaitable[Row]],
         free: Callable[[], bool],
@@ -250,13 +309,18 @@ class Reads(Lines[SharedLine]):
         `free` tells whether there is such a connection, or may be.
         """
         super().__init__(make)
-        self.call = call
         self._only: SharedLine | None = None  # there is one, and there will be no other
         self._measured = measured
         self._free = free
+        self._others = 0.0  # how many other requests a page has met lately
 
-    def fits(self, backend: Backend) -> bool:
-        return super().fits(backend) and backend.has_prepared(self.call)
+    def crowded(self, others: int) -> bool:
+        """To be asked for every page: whether it had better `share`, while so many other requests are under way.
+
+        Few of them do better side by side.
+        """
+        self._others += (others - self._others) * _OTHERS_WEIGHT
+        return self._others >= _CROWD
 
     def share(self, read: Shared) -> Awaitable[Row]:
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""

@@ -16,6 +16,8 @@ TROUBLE: Final = frozenset({1, 6, 91, 14031})
 WHOLE_COMMAND: Final = frozenset({1, 13, 24, 50, 112})
 # PostgreSQL has rolled the transaction back because of others: the same again may go through.
 CONFLICTS: Final = frozenset({"40001", "40P01"})
+# The connection does not know the statement.
+UNPREPARED: Final = "26000"
 
 EXTENSION_MISSING = (
     "documentdb and pg_ferret are not both installed as extensions in ferretdb.database; see ferretdb.status"

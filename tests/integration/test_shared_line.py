@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -219,15 +220,15 @@ async def test_pages_share_as_many_lines_as_there_is_room_for(
         pages = [await opened(pool, number % 9) for number in range(40)]
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
-            rows = await asyncio.gather(*[pool.get_mores.share(page) for page in pages])
+            rows = await asyncio.gather(*[pool.pages.share(page) for page in pages])
             assert [rest(row) for row in rows] == [list(range(number % 9 + 1, 10)) for number in range(40)]
             assert pool.size <= connections
-            if len(pool.get_mores.all) == lines:
+            if len(pool.pages.all) == lines:
                 break
             assert time.monotonic() < deadline
         # On a busy machine pages may have just taken long for once: such are read alone.
-        first = await joined(pool.get_mores, pages[0]) if lines else pool.get_mores.share(pages[0])
-        together = [first, *[pool.get_mores.share(page) for page in pages[1:]]]
+        first = await joined(pool.pages, pages[0]) if lines else pool.pages.share(pages[0])
+        together = [first, *[pool.pages.share(page) for page in pages[1:]]]
         assert all(map(asyncio.isfuture, together)) == (lines > 0)
         assert [rest(row) for row in await asyncio.gather(*together)] == [rest(row) for row in rows]
         # Room is left for others, whatever the pages do.
@@ -248,17 +249,57 @@ async def test_only_a_position_in_a_collection_can_be_read_again(
         assert calls.streams(continuation) == streams
 
 
+@pytest.mark.parametrize("more", [{}, {"sort": {"s": 1}}, {"skip": 1}])
+async def test_a_page_in_a_line_may_open_a_cursor(make_pool: MakePool, more: Document) -> None:
+    command = encode({"find": "c", "filter": {}, "batchSize": 4, **more, "$db": "line"})
+    first = Shared(calls.FIND, (b"line", command), b"line.c", _PAGE)
+    async with make_pool(12) as pool:
+        refused = first._replace(params=(b"line", encode({"find": "c", "filter": {"$x": 1}, "$db": "line"})))
+        row = await joined(pool.pages, first)
+        failing = pool.pages.share(refused)
+        rows = [row, pool.pages.share(first), pool.pages.share(first)]
+        with pytest.raises(EngineError):
+            await failing
+        for page, continuation, cursor_id in await asyncio.gather(*rows):
+            assert page is not None
+            assert cursor_id is not None
+            got = [item["_id"] for item in decode(page)["cursor"]["firstBatch"]]
+            getmore = {"getMore": Int64(int.from_bytes(cursor_id, "big")), "collection": "c", "$db": "line"}
+            got += rest(await pool.call(calls.GET_MORE, (b"line", encode(getmore), continuation)))
+            assert sorted(got) == list(range(1 if "skip" in more else 0, 10))
+
+
+@pytest.mark.usefixtures("make_pool")  # the collections
+def test_cursors_are_whole_among_many_clients(client: MongoClient[Document]) -> None:
+    wholes: list[Callable[[], Iterable[Document]]] = [
+        lambda: client.line.c.find(batch_size=3),
+        lambda: client.line.c.find({"s": "a"}, batch_size=2).sort("s"),
+        lambda: client.line.d.find({"_id": {"$gte": 0}}, batch_size=4),
+        lambda: client.line.d.find().sort("_id", -1).limit(10),
+    ]
+
+    def whole(number: int) -> set[tuple[int, ...]]:
+        if number % 4 == 3:
+            with pytest.raises(OperationFailure):
+                client.line.c.find({"s": {"$regex": "("}}, limit=5).to_list()
+        found = [wholes[number % len(wholes)]() for _ in range(30)]
+        return {tuple(sorted(item["_id"] for item in cursor)) for cursor in found}
+
+    with ThreadPoolExecutor(16) as threads:
+        assert [*threads.map(whole, range(48))] == [{tuple(range(10))}] * 48
+
+
 async def test_pages_behind_one_that_stalls_are_read_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:
     async with make_pool(12) as pool:
         blocked = await opened(pool, 4, "d")
         pages = [await opened(pool, number) for number in range(9)]
         async with locked(cluster):
             async with asyncio.timeout(PATIENCE_SECONDS):
-                while len(pool.get_mores.all) < 2:
-                    await asyncio.gather(*[pool.get_mores.share(page) for page in pages])
-            first = await joined(pool.get_mores, pages[0])
-            stalled = pool.get_mores.share(blocked)
-            behind = [first, *[pool.get_mores.share(page) for page in pages[1:]]]
+                while len(pool.pages.all) < 2:
+                    await asyncio.gather(*[pool.pages.share(page) for page in pages])
+            first = await joined(pool.pages, pages[0])
+            stalled = pool.pages.share(blocked)
+            behind = [first, *[pool.pages.share(page) for page in pages[1:]]]
             assert asyncio.isfuture(stalled)
             assert all(map(asyncio.isfuture, behind))
             async with asyncio.timeout(2):

@@ -88,18 +88,22 @@ class Server:
     def __init__(self) -> None:
         self.pgconn = self
         self.prepared_names: set[bytes] = set()
-        self.sent: list[bytes] = []  # the statements executed
+        self.prepared: list[bytes] = []  # the statements prepared
+        self.sent: list[bytes] = []  # and executed
+        self.syncs = 0
         self.cancelled = 0
         self._results: list[Result] = []
 
     def enter_pipeline_mode(self) -> None: ...
 
-    def send_prepare(self, *_: Any) -> None: ...
+    def send_prepare(self, name: bytes, _: bytes) -> None:
+        self.prepared.append(name)
 
     def send_query_prepared(self, name: bytes, *_: Any) -> None:
         self.sent.append(name)
 
-    def pipeline_sync(self) -> None: ...
+    def pipeline_sync(self) -> None:
+        self.syncs += 1
 
     def flush(self) -> int:
         return 0
@@ -129,6 +133,11 @@ def row(*columns: bytes | None) -> Result:
 def refusal(sqlstate: bytes, severity: bytes = b"ERROR") -> Result:
     """An error."""
     return Result(pq.ExecStatus.FATAL_ERROR, sqlstate=sqlstate, severity=severity)
+
+
+def prepared() -> Result:
+    """A statement has been prepared."""
+    return Result(pq.ExecStatus.COMMAND_OK)
 
 
 def sync() -> Result:

@@ -26,14 +26,20 @@ Document = dict[str, Any]
 class Engine:
     """A pool that remembers which way requests took."""
 
-    def __init__(self, failures: Iterable[EngineError]) -> None:
+    def __init__(self, failures: Iterable[EngineError], crowd: bool) -> None:
         self.writes = self.finds = self
+        self.pages = SimpleNamespace(share=self._page, crowded=lambda others: crowd)
         self.shared: list[Shared] = []
+        self.paged: list[Shared] = []
         self.apart: list[Params] = []
         self.failures = list(failures)
 
     def share(self, request: Shared) -> Awaitable[Row]:
         self.shared.append(request)
+        return self._done(request.call)
+
+    def _page(self, request: Shared) -> Awaitable[Row]:
+        self.paged.append(request)
         return self._done(request.call)
 
     def write(self, call: Call, params: Params) -> Awaitable[Row]:
@@ -49,15 +55,17 @@ class Engine:
         return encode({"n": 1, "ok": 1.0}), b"\x01" if call.writes else None, None
 
 
-def run(command: Document, *sequences: tuple[str, bytes], failures: Iterable[EngineError] = ()) -> Engine:
-    """What the pool is asked for, if so many of its calls fail at first."""
+def run(
+    command: Document, *sequences: tuple[str, bytes], failures: Iterable[EngineError] = (), crowd: bool = False
+) -> Engine:
+    """What the pool is asked for, if so many of its calls fail at first; in a crowd pages share."""
     body = b"\0" + encode(command | {"$db": "db"})
     for name, data in sequences:
         section = name.encode() + b"\0" + data
         body += b"\x01" + struct.pack("<i", 4 + len(section)) + section
     request = parse(struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body)
-    engine = Engine(failures)
-    client = SimpleNamespace(services=SimpleNamespace(engine=engine))
+    engine = Engine(failures, crowd)
+    client = SimpleNamespace(services=SimpleNamespace(engine=engine, counters=SimpleNamespace(in_flight=1)))
     asyncio.run(cast(Any, COMMANDS[request.name].handler(request, cast(Any, client))))
     return engine
 
@@ -151,6 +159,7 @@ def test_a_read_that_leaves_nothing_behind_shares(command: Document) -> None:
         assert not engine.apart
 
 
+@pytest.mark.parametrize("crowd", [False, True])
 @pytest.mark.parametrize(
     "command",
     [
@@ -160,17 +169,52 @@ def test_a_read_that_leaves_nothing_behind_shares(command: Document) -> None:
         {"filter": {"_id": 1}, "batchSize": 0},
         {"filter": {}, "limit": 1, "batchSize": 0},
         {"filter": {"_id": 1}, "sort": {"a": 1}},
+        {"filter": {}, "limit": 1, "singleBatch": True, "sort": {"a": 1}},
+        {"filter": {"_id": 1}, "skip": 1},
+    ],
+)
+def test_a_read_that_may_leave_a_cursor_shares_in_a_crowd_only(command: Document, crowd: bool) -> None:
+    for _ in range(2):
+        engine = run({"find": "c"} | command, crowd=crowd)
+        assert not engine.shared
+        assert (len(engine.paged), len(engine.apart)) == (crowd, not crowd)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
         {"filter": {"_id": 1}, "maxTimeMS": 10},
         {"filter": {"_id": "x"}, "collation": {"locale": "en"}},
+        {"filter": {"_id": 1}, "hint": "x"},
+        {"filter": {"a": 1}, "limit": 20, "maxTimeMS": 10},
         {"filter": 1, "limit": 1},
         {"limit": 1},
     ],
 )
-def test_a_read_that_may_leave_a_cursor_is_made_apart(command: Document) -> None:
+def test_a_read_that_changes_the_session_is_made_apart(command: Document) -> None:
     for _ in range(2):
-        engine = run({"find": "c"} | command)
-        assert not engine.shared
+        engine = run({"find": "c"} | command, crowd=True)
+        assert not engine.shared + engine.paged
         assert engine.apart
+
+
+def test_pages_of_about_the_same_cost_have_the_same_shape() -> None:
+    def shape(**more: object) -> int:
+        (page,) = run({"find": "c", "filter": {"a": 1}, "limit": 20} | more, crowd=True).paged
+        return page.shape
+
+    assert shape() == shape(filter={"a": 2}) == shape(projection={"b": 1})
+    others: list[Document] = [
+        {"find": "d"},
+        {"filter": {"b": 1}},
+        {"filter": {"a": 1, "b": list(range(100))}},
+        {"limit": 21},
+        {"batchSize": 5},
+        {"sort": {"a": 1}},
+        {"skip": 20},
+        {"skip": 40},
+    ]
+    assert len({shape(), *[shape(**other) for other in others]}) == 1 + len(others)
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,10 @@ import pytest
 
 from pg_ferret.engine.calls import FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
-from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.pipeline import LARGE_BYTES, Row
 from pg_ferret.engine.shared import Costs, Reads, SharedLine
-from tests.unit.fake_line import Loop, Server, row, sync
+from pg_ferret.errors import EngineError
+from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
 
 _SHAPE = 1
 
@@ -19,7 +20,7 @@ _SHAPE = 1
 class Stage:
     """A line with the reads that were given up on it."""
 
-    def __init__(self, call: Call = GET_MORE) -> None:
+    def __init__(self, call: Call = GET_MORE, *, together: bool = True) -> None:
         self.loop = Loop()
         self.server = Server()
         self.elsewhere: list[Shared] = []
@@ -29,7 +30,8 @@ class Stage:
         )
         self.costs = costs = Costs()
         costs.note(_SHAPE, 0.0)
-        self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), call, costs, owner)
+        self.server.prepared_names |= {FIND.name, GET_MORE.name}
+        self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), costs, owner, together=together)
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
         self.waiters = [self.line.add(read) for read in self.reads]
         self.loop.run()
@@ -48,7 +50,7 @@ def reads(stage: Stage, most: int, *, free: bool) -> tuple[Reads, list[Shared]]:
         measured.append(read)
         return ()
 
-    lines = Reads(GET_MORE, lambda _: stage.line, measure, lambda: free)
+    lines = Reads(lambda _: stage.line, measure, lambda: free)
     lines.allot(most)
     lines.add(cast(Any, stage.server))
     return lines, measured
@@ -60,6 +62,12 @@ def answer(stage: Stage, count: int, *, end: bool = False) -> None:
 
 def answers(stage: Stage) -> int:
     return sum(waiter.done() for waiter in stage.waiters)
+
+
+def page(stage: Stage, seconds: float) -> None:
+    """The oldest page comes after so long."""
+    stage.loop.now += seconds
+    stage.server.give(stage.line, row(b"page", None), sync())
 
 
 def test_a_line_that_moves_may_take_its_time(stage: Stage) -> None:
@@ -132,3 +140,76 @@ def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
     assert asyncio.isfuture(lines.share(unknown))
     asyncio.run(cast(Any, lines.share(slow)))
     assert measured == [slow]
+
+
+def test_reads_of_one_turn_are_one_transaction(stage: Stage) -> None:
+    assert (len(stage.server.sent), stage.server.syncs) == (4, 1)
+
+
+def test_pages_are_transactions_of_their_own_and_may_open_cursors() -> None:
+    stage = Stage(FIND, together=False)
+    assert (len(stage.server.sent), stage.server.syncs) == (4, 4)
+    stage.server.give(stage.line, row(b"page", b"more", b"id"), sync())
+    stage.server.give(stage.line, refusal(b"22023"), sync(), row(b"page", None, None), sync())
+    assert stage.waiters[0].result() == (b"page", b"more", b"id")
+    assert isinstance(stage.waiters[1].exception(), EngineError)
+    assert stage.waiters[2].result() == (b"page", None)
+    assert (stage.elsewhere, stage.line.waiting) == ([], 1)
+
+
+def test_a_line_prepares_each_statement_once() -> None:
+    stage = Stage(GET_MORE, together=False)
+    stage.server.prepared_names.clear()
+    reads = [Shared(call, (), b"db.c", _SHAPE) for call in (FIND, GET_MORE, FIND, GET_MORE)]
+    waiters = [stage.line.add(read) for read in reads]
+    assert stage.server.prepared == [FIND.name, GET_MORE.name]
+    answers = [row(b"page", None), sync()]
+    stage.server.give(stage.line, *answers * 4, prepared(), *answers, prepared(), *answers, *answers * 2)
+    assert all(waiter.result() == (b"page", None) for waiter in waiters)
+    assert stage.server.prepared_names == {FIND.name, GET_MORE.name}
+
+
+def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere() -> None:
+    stage = Stage(GET_MORE, together=False)
+    stage.server.prepared_names.clear()
+    for _ in stage.reads:
+        page(stage, 0.0)
+    first, second = (Shared(FIND, (b"%d" % number,), b"db.c", _SHAPE) for number in range(2))
+    waiters = stage.line.add(first), stage.line.add(second)
+    stage.server.give(stage.line, refusal(b"3F000"), sync(), refusal(b"26000"), sync())
+    assert isinstance(waiters[0].exception(), EngineError)
+    assert stage.elsewhere == [second]
+    assert not stage.line.takes(first)
+    assert stage.server.prepared_names == set()
+
+
+def test_a_page_joins_no_other_where_pages_take_long() -> None:
+    stage = Stage(GET_MORE, together=False)
+    read = stage.reads[0]
+    assert stage.line.takes(read)
+    for _ in range(100):
+        page(stage, 0.002)
+        stage.line.add(read)
+    assert not stage.line.takes(read)
+    for _ in range(4):
+        page(stage, 0.002)
+    assert stage.line.takes(read)  # nobody is there
+    for _ in range(100):
+        stage.line.add(read)
+        page(stage, 0.0005)
+    stage.line.add(read)
+    assert stage.line.takes(read)
+
+
+def test_large_pages_stay_away(stage: Stage) -> None:
+    stage.server.give(stage.line, row(bytes(LARGE_BYTES + 1), None))
+    assert not stage.line.takes(stage.reads[0])
+
+
+def test_pages_share_while_they_meet_many(stage: Stage) -> None:
+    lines, _ = reads(stage, 1, free=True)
+    assert not any(lines.crowded(2) for _ in range(1000))
+    assert not lines.crowded(50)  # a single time
+    assert [lines.crowded(8) for _ in range(1000)][-1]
+    assert lines.crowded(0)
+    assert not [lines.crowded(0) for _ in range(1000)][-1]
