@@ -134,6 +134,8 @@ class SharedLine(Line):
     @property
     def waiting(self) -> int:
         """Reads without an answer."""
+        if not self._together:
+            return len(self._batches) - self._answered
         return len(self._filling) + sum(map(len, self._batches)) - self._answered
 
     def add(self, read: Shared) -> asyncio.Future[Row]:
@@ -326,7 +328,10 @@ class Reads(Lines[SharedLine]):
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
         if (only := self._only) is not None and only.takes(read):
             return only.add(read)
-        line = self.shortest(line for line in self.all if line.takes(read))
+        line = None
+        for other in self.all:
+            if other.takes(read) and (line is None or other.waiting < line.waiting):
+                line = other
         if line is None and not self._free():
             line = self.shortest(line for line in self.all if line.may_take(read))
         elif line is not None and line.waiting and self.due and self._free():
