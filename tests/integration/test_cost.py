@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
@@ -313,6 +314,25 @@ async def test_instructions(
     assert abs(total - before) <= TOLERANCE * before, "\n".join([f"{before} -> {total}", *changes, repr(found)])
 
 
+@contextmanager
+def traced(*pids: int) -> Iterator[Counter[str]]:
+    """The system calls of processes; there when the context ends."""
+    calls: Counter[str] = Counter()
+    with tempfile.NamedTemporaryFile("r") as report:
+        whom = [argument for pid in pids for argument in ("-p", str(pid))]
+        tracer = subprocess.Popen(["strace", "-f", "-c", "-o", report.name, *whom], stderr=subprocess.PIPE)
+        assert tracer.stderr is not None
+        for _ in pids:
+            assert b"attached" in tracer.stderr.readline()
+        yield calls
+        tracer.terminate()
+        tracer.communicate()
+        text = wait_for(lambda: Path(report.name).read_text())
+    for fields in map(str.split, text.splitlines()):
+        if re.match(r"\d+\.", (fields or [""])[0]) and fields[-1] != "total":
+            calls[fields[-1]] = int(fields[3])
+
+
 @pytest.mark.parametrize("operation", ["ping", "find", "insert"])
 def test_system_calls(new_cluster: NewCluster, operation: str) -> None:
     cluster = new_cluster(**{"ferretdb.workers": "1"})
@@ -333,21 +353,27 @@ def test_system_calls(new_cluster: NewCluster, operation: str) -> None:
         # A new server's extensions are installed while it serves: then it hears of them and connects.
         wait_for(lambda: any(int(row["pool_size"] or 0) >= Settings().pool_min_conns for row in cluster.status()))
         (worker,) = [row["pid"] for row in cluster.status() if row["kind"] == "worker"]
-        with tempfile.NamedTemporaryFile("r") as report:
-            tracer = subprocess.Popen(
-                ["strace", "-f", "-c", "-o", report.name, "-p", str(worker)], stderr=subprocess.PIPE
-            )
-            assert tracer.stderr is not None
-            assert b"attached" in tracer.stderr.readline()
+        with traced(int(worker or 0)) as calls:
             work(1000)
-            tracer.terminate()
-            tracer.communicate()
-            text = wait_for(lambda: Path(report.name).read_text())
-    calls = {
-        fields[-1]: int(fields[3])
-        for fields in map(str.split, text.splitlines())
-        if re.match(r"\d+\.", (fields or [""])[0]) and fields[-1] != "total"
-    }
-    per_request = sum(calls.values()) / 1000
+    per_request = calls.total() / 1000
     expected = SYSTEM_CALLS[operation]
-    assert abs(per_request - expected) <= TOLERANCE * expected, f"{operation}: {expected} -> {per_request}\n{text}"
+    assert abs(per_request - expected) <= TOLERANCE * expected, f"{operation}: {expected} -> {per_request}\n{calls}"
+
+
+def test_pages_cost_postgresql_no_memory_anew(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(**{"ferretdb.workers": "1"})
+    with MongoClient[Document](cluster.uri, **CLIENT_OPTIONS) as client, ThreadPoolExecutor(4) as threads:
+        collection = client.cost.c
+        collection.insert_many([{"_id": number, "x": "x" * 100} for number in range(2000)])
+        # A server process that has seen large blocks of memory keeps small ones by itself: begin with new ones.
+        cluster.psql("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'pg_ferret'")
+
+        def work(_: int) -> None:
+            assert len(collection.find({"_id": {"$gte": 500, "$lt": 1500}}, batch_size=100).to_list()) == 1000
+
+        list(threads.map(work, range(50)))
+        pids = cluster.psql("select pid from pg_stat_activity where application_name = 'pg_ferret'")
+        with traced(*[int(pid or 0) for (pid,) in pids]) as calls:
+            list(threads.map(work, range(50)))
+    assert calls["sendto"] >= 500
+    assert calls["brk"] < 50
