@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"strconv"
@@ -52,6 +53,7 @@ var operations = map[string]operation{
 	"delete":            {run: remove, warm: ping, prepare: fillForDelete, cleanup: drop("deleted")},
 	"findAndModify":     {run: findAndModify},
 	"insertMany":        {run: insertMany, cleanup: drop("inserted")},
+	"page":              {run: page},
 	"scan":              {run: scan},
 	"sort":              {run: sorted},
 	"group":             {run: group},
@@ -252,20 +254,28 @@ func insertMany(ctx context.Context, c *client) error {
 	return err
 }
 
+// page reads the next 20 documents, as applications turn pages.
+func page(ctx context.Context, c *client) error {
+	filter := bson.D{{Key: "_id", Value: bson.D{{Key: "$gte", Value: c.random.IntN(documents - 20)}}}}
+	return drain(ctx, c, "docs", filter, options.Find().SetLimit(20), 20)
+}
+
 // scan reads 1,000 documents in 10 batches.
 func scan(ctx context.Context, c *client) error {
 	first := c.random.IntN(documents - 1000)
 	filter := bson.D{{Key: "_id", Value: bson.D{{Key: "$gte", Value: first}, {Key: "$lt", Value: first + 1000}}}}
-	return drain(ctx, c, "docs", filter, options.Find().SetBatchSize(100))
+	return drain(ctx, c, "docs", filter, options.Find().SetBatchSize(100), 1000)
 }
 
 // sorted reads 1,000 documents in 10 batches, in an order that no index has.
 func sorted(ctx context.Context, c *client) error {
 	return drain(ctx, c, "docs", bson.D{}, options.Find().SetBatchSize(100).SetLimit(1000).
-		SetSort(bson.D{{Key: "score", Value: 1}}))
+		SetSort(bson.D{{Key: "score", Value: 1}}), 1000)
 }
 
-func drain(ctx context.Context, c *client, name string, filter any, opts *options.FindOptionsBuilder) error {
+func drain(
+	ctx context.Context, c *client, name string, filter any, opts *options.FindOptionsBuilder, expected int,
+) error {
 	cursor, err := c.db.Collection(name).Find(ctx, filter, opts)
 	if err != nil {
 		return err
@@ -275,8 +285,8 @@ func drain(ctx context.Context, c *client, name string, filter any, opts *option
 	for cursor.Next(ctx) {
 		count++
 	}
-	if cursor.Err() == nil && count != 1000 {
-		return errors.New("not 1,000 documents")
+	if cursor.Err() == nil && count != expected {
+		return fmt.Errorf("%d documents instead of %d", count, expected)
 	}
 	return cursor.Err()
 }

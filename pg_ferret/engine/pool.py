@@ -312,10 +312,13 @@ class Pool:
             request = self._wait(read.call, read.params, None)
             row = await request.waiter
             started = request.started
+        now = self._loop.time()
         page = row[0]
         large = page is not None and len(page) > LARGE_BYTES
-        opens_cursor = lines is self.finds and row[1] is not None
-        self._costs.note(read.shape, math.inf if large or opens_cursor else self._loop.time() - started)
+        if large or (lines is self.finds and row[1] is not None):  # it opens a cursor
+            self._costs.keep_away(read.shape, now)
+        else:
+            self._costs.note(read.shape, now - started, now)
         if lines.due:
             self._want(lines)
         return row

@@ -12,7 +12,6 @@ served elsewhere.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -20,7 +19,7 @@ import psycopg
 from psycopg import pq
 
 from pg_ferret.engine.calls import FIND, Call
-from pg_ferret.engine.lines import STALL_SECONDS, Line, Lines, Owner, Shared
+from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import (
     COMMAND_OK,
     LARGE_BYTES,
@@ -38,6 +37,9 @@ CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
 # A read that takes longer in a line is not: twice as long, because a busy machine makes one in a hundred wait.
 _SLOW_SECONDS = 2 * CHEAP_SECONDS
+# And where a page takes so much longer than it may, pages like it stay away for a while: they differ in what they cost.
+_LONG_SECONDS = 0.02
+_AWAY_SECONDS = 1.0
 # Where a page takes longer, in the mean of the last dozens, nobody joins others: to wake a process up for it costs next
 # to nothing then, and if PostgreSQL waits for a disk, those behind it would wait with it.
 _SLOW_PACE_SECONDS = 0.001
@@ -51,29 +53,38 @@ _MOST_SHAPES = 10_000
 
 
 class Costs:
-    """Which shapes of reads have been cheap lately."""
+    """Which shapes of reads have been cheap lately.  Times are the loop's."""
 
     __slots__ = ("_cheap", "_slow")
 
     def __init__(self) -> None:
         self._cheap: set[int] = set()
-        self._slow: set[int] = set()
+        self._slow: dict[int, float] = {}  # shape -> from when on one that is cheap will do
 
     def cheap(self, shape: int) -> bool:
         """Whether the last read of this shape was cheap; one that was never seen is not."""
         return shape in self._cheap
 
     def slow(self, shape: int) -> bool:
-        """Whether the last read of this shape was not cheap."""
+        """Whether reads of this shape are known not to be cheap."""
         return shape in self._slow
 
-    def note(self, shape: int, seconds: float) -> None:
+    def note(self, shape: int, seconds: float, now: float) -> None:
         """A read of this shape has taken so long."""
-        now, before = (self._slow, self._cheap) if seconds > CHEAP_SECONDS else (self._cheap, self._slow)
-        before.discard(shape)
-        if len(now) >= _MOST_SHAPES:
-            now.clear()
-        now.add(shape)
+        if seconds > CHEAP_SECONDS:
+            self.keep_away(shape, now)
+        elif self._slow.get(shape, now) <= now:
+            self._slow.pop(shape, None)
+            if len(self._cheap) >= _MOST_SHAPES:
+                self._cheap.clear()
+            self._cheap.add(shape)
+
+    def keep_away(self, shape: int, until: float) -> None:
+        """Reads of this shape are not cheap, whatever they take until then."""
+        self._cheap.discard(shape)
+        if len(self._slow) >= _MOST_SHAPES:
+            self._slow.clear()
+        self._slow[shape] = max(until, self._slow.get(shape, until))
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]
@@ -195,11 +206,11 @@ class SharedLine(Line):
             row: Row = (page, following)
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
-                self._costs.note(read.shape, math.inf)
+                self._costs.keep_away(read.shape, self._loop.time())
             if following is not None and read.call is FIND:
                 if self._together:
                     # Behind others in a batch the engine keeps the cursor no longer than the batch lasts.
-                    self._costs.note(read.shape, math.inf)
+                    self._costs.keep_away(read.shape, self._loop.time())
                     self._elsewhere(read, waiter)
                     return
                 row = (page, following, get(0, 2))
@@ -225,7 +236,7 @@ class SharedLine(Line):
         if isinstance(error, EngineError) and error.sqlstate == UNPREPARED:
             self._elsewhere(read, waiter)
             return
-        self._costs.note(read.shape, STALL_SECONDS)  # whoever sends such reads again is not to hold others up
+        self._costs.keep_away(read.shape, self._loop.time())  # whoever sends such reads again is not to hold others up
         if not waiter.done():
             waiter.set_exception(error)
 
@@ -235,13 +246,15 @@ class SharedLine(Line):
         seconds = (now - self._since) / len(batch)
         if not self._together:
             self._pace += (seconds - self._pace) * _PACE_WEIGHT
+            if now - self._late > _LONG_SECONDS:
+                self._costs.keep_away(batch[0][0].shape, now + _AWAY_SECONDS)
         if self._batches:
             self._begin(now, self._batches[0])
         else:
             self.busy = False
         if seconds > _SLOW_SECONDS:
             for read, _ in batch:  # one of them is to blame: each has to show anew what it costs
-                self._costs.note(read.shape, seconds)
+                self._costs.keep_away(read.shape, now)
         if self._answered < len(batch):
             for waiting in batch[self._answered :]:
                 self._elsewhere(*waiting)
@@ -255,7 +268,7 @@ class SharedLine(Line):
     def _stands_still(self) -> None:
         waiting = self._give_up()
         first, _ = waiting[0]
-        self._costs.note(first.shape, STALL_SECONDS)
+        self._costs.keep_away(first.shape, self._loop.time() + _AWAY_SECONDS)
         self._owner.stalled(self, first)
         for one in waiting:
             self._elsewhere(*one)

@@ -29,7 +29,7 @@ class Stage:
             lambda read, _: self.elsewhere.append(read), lambda _: None, lambda _, read: self.stalled.append(read)
         )
         self.costs = costs = Costs()
-        costs.note(_SHAPE, 0.0)
+        costs.note(_SHAPE, 0.0, 0.0)
         self.server.prepared_names |= {FIND.name, GET_MORE.name}
         self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), costs, owner, together=together)
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
@@ -134,7 +134,7 @@ def test_a_second_line_is_no_reason_to_wait_for_a_connection(stage: Stage, free:
 def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
     lines, measured = reads(stage, 1, free=False)
     unknown, slow = (stage.reads[0]._replace(shape=shape) for shape in (2, 3))
-    stage.costs.note(slow.shape, 1.0)
+    stage.costs.note(slow.shape, 1.0, 0.0)
     stage.loop.run(STALL_SECONDS * 0.9)  # late
     assert asyncio.isfuture(lines.share(stage.reads[0]))
     assert asyncio.isfuture(lines.share(unknown))
@@ -199,6 +199,25 @@ def test_a_page_joins_no_other_where_pages_take_long() -> None:
         page(stage, 0.0005)
     stage.line.add(read)
     assert stage.line.takes(read)
+
+
+def test_pages_of_which_one_took_long_stay_away_for_a_while() -> None:
+    stage = Stage(GET_MORE, together=False)
+    page(stage, 0.02)
+    stage.costs.note(_SHAPE, 0.0, stage.loop.now)
+    assert stage.costs.cheap(_SHAPE)
+    page(stage, 0.03)
+    now = stage.loop.now
+    for later, cheap in ((0.0, False), (0.9, False), (1.1, True)):
+        stage.costs.note(_SHAPE, 0.0, now + later)
+        assert (stage.costs.cheap(_SHAPE), stage.costs.slow(_SHAPE)) == (cheap, not cheap)
+
+
+def test_a_slow_read_stays_away_until_one_is_cheap() -> None:
+    costs = Costs()
+    for seconds, cheap in ((0.005, False), (0.003, True), (0.005, False), (0.005, False), (0.003, True)):
+        costs.note(_SHAPE, seconds, 0.0)
+        assert (costs.cheap(_SHAPE), costs.slow(_SHAPE)) == (cheap, not cheap)
 
 
 def test_large_pages_stay_away(stage: Stage) -> None:
