@@ -231,7 +231,7 @@ class SharedLine(Line):
             return
         read, waiter = self._batches[0][self._answered]
         self._answered += 1
-        if self._preparing:
+        if self._preparing[:1] == [read.call.name]:
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
         if isinstance(error, EngineError) and error.sqlstate == UNPREPARED:
             self._elsewhere(read, waiter)

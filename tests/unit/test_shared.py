@@ -14,7 +14,7 @@ from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from pg_ferret.errors import EngineError
 from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
 
-_SHAPE = 1
+_SHAPE, _OTHER_SHAPE = 1, 2
 
 
 class Stage:
@@ -29,7 +29,8 @@ class Stage:
             lambda read, _: self.elsewhere.append(read), lambda _: None, lambda _, read: self.stalled.append(read)
         )
         self.costs = costs = Costs()
-        costs.note(_SHAPE, 0.0, 0.0)
+        for shape in (_SHAPE, _OTHER_SHAPE):
+            costs.note(shape, 0.0, 0.0)
         self.server.prepared_names |= {FIND.name, GET_MORE.name}
         self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), costs, owner, together=together)
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
@@ -133,7 +134,7 @@ def test_a_second_line_is_no_reason_to_wait_for_a_connection(stage: Stage, free:
 
 def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
     lines, measured = reads(stage, 1, free=False)
-    unknown, slow = (stage.reads[0]._replace(shape=shape) for shape in (2, 3))
+    unknown, slow = (stage.reads[0]._replace(shape=shape) for shape in (3, 4))
     stage.costs.note(slow.shape, 1.0, 0.0)
     stage.loop.run(STALL_SECONDS * 0.9)  # late
     assert asyncio.isfuture(lines.share(stage.reads[0]))
@@ -164,9 +165,11 @@ def test_a_line_prepares_each_statement_once() -> None:
     waiters = [stage.line.add(read) for read in reads]
     assert stage.server.prepared == [FIND.name, GET_MORE.name]
     answers = [row(b"page", None), sync()]
-    stage.server.give(stage.line, *answers * 4, prepared(), *answers, prepared(), *answers, *answers * 2)
-    assert all(waiter.result() == (b"page", None) for waiter in waiters)
+    stage.server.give(stage.line, *answers * 4, prepared(), refusal(b"22023"), sync(), prepared(), *answers * 3)
+    assert isinstance(waiters[0].exception(), EngineError)
+    assert all(waiter.result() == (b"page", None) for waiter in waiters[1:])
     assert stage.server.prepared_names == {FIND.name, GET_MORE.name}
+    assert stage.line.takes(reads[1]._replace(shape=_OTHER_SHAPE))
 
 
 def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere() -> None:
