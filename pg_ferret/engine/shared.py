@@ -268,7 +268,7 @@ class SharedLine(Line):
     def _stands_still(self) -> None:
         waiting = self._give_up()
         first, _ = waiting[0]
-        self._costs.keep_away(first.shape, self._loop.time() + _AWAY_SECONDS)
+        self._costs.keep_away(first.shape, self._loop.time())
         self._owner.stalled(self, first)
         for one in waiting:
             self._elsewhere(*one)

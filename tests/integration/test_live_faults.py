@@ -146,20 +146,24 @@ def test_settings_are_live(new_cluster: NewCluster) -> None:
         readers = [threading.Thread(target=read, args=(client,)) for _ in range(4)]
         for reader in readers:
             reader.start()
-        cluster.configure(ferretdb__workers="4")
-        wait_for(lambda: ready(cluster, 4))
-        cluster.configure(ferretdb__pool_max_conns="8", ferretdb__log_level="debug", ferretdb__listen_unix=str(path))
-        wait_for(path.exists)
-        assert path.stat().st_mode & 0o777 == 0o700
-        with MongoClient[Document](f"mongodb://{quote_plus(str(path))}", **CLIENT_OPTIONS) as other:
-            assert other.night.c.find_one() == {"_id": 1}
-        old, cluster.port = cluster.port, free_port()
-        cluster.configure()
-        wait_for(lambda: serves(cluster))
-        stop.set()
-        for reader in readers:
-            reader.join(30)
-            assert not reader.is_alive()
+        try:
+            cluster.configure(ferretdb__workers="4")
+            wait_for(lambda: ready(cluster, 4))
+            cluster.configure(
+                ferretdb__pool_max_conns="8", ferretdb__log_level="debug", ferretdb__listen_unix=str(path)
+            )
+            wait_for(path.exists)
+            assert path.stat().st_mode & 0o777 == 0o700
+            with MongoClient[Document](f"mongodb://{quote_plus(str(path))}", **CLIENT_OPTIONS) as other:
+                assert other.night.c.find_one() == {"_id": 1}
+            old, cluster.port = cluster.port, free_port()
+            cluster.configure()
+            wait_for(lambda: serves(cluster))
+        finally:
+            stop.set()
+            for reader in readers:
+                reader.join(30)
+        assert not any(reader.is_alive() for reader in readers)
         assert failed == []
     wait_for(lambda: port_is_free(old))
     cluster.configure(ferretdb__workers="1")
