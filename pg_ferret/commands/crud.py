@@ -74,7 +74,8 @@ class _Find(NamedTuple):
     point: bool  # otherwise: it neither sorts nor skips, nor does it ask for small pages
     whole: bool  # its result is one page
     limit: bson.Span
-    sized: list[slice]  # all that says how much it reads, beside the filter
+    sized: tuple[bytes, ...]  # the fields that say how much it reads, beside the filter
+    values: list[slice]  # and where their values are
 
 
 @command("find", help="Returns the documents that match a filter.")
@@ -86,7 +87,7 @@ async def find(request: Request, client: Client) -> bytes:
         # A flag that is a number may be another one in the next request of the shape.
         if memo is not None and all(request.fields[name][0] == bson.BOOL for name in _FLAGS & request.fields.keys()):
             memo["find"] = known
-    db, named, place, (_, start, end), alone, point, whole, limit, sized = known
+    db, named, place, (_, start, end), alone, point, whole, limit, sized, values = known
     namespace = named.read(request)
     frame = request.frame
     body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
@@ -102,7 +103,7 @@ async def find(request: Request, client: Client) -> bytes:
     if single:
         row = await engine.finds.share(Shared(calls.FIND, (db, body), namespace, hash(cost)))
     else:
-        shape = hash((*cost, *map(frame.__getitem__, sized)))
+        shape = hash((cost, sized, *map(frame.__getitem__, values)))
         row = await engine.pages.share(Shared(calls.FIND, (db, body), namespace, shape))
     if row[1] is not None:
         return _page(row, namespace, request, client)
@@ -133,6 +134,7 @@ def _look_at(request: Request) -> _Find:
         point,
         whole,
         fields.get(b"limit", bson.MISSING),
+        tuple(sized),
         [slice(start, end) for _, start, end in sized.values()],
     )
 

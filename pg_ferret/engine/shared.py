@@ -233,6 +233,7 @@ class SharedLine(Line):
         self._answered += 1
         if self._preparing[:1] == [read.call.name]:
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
+            self._preparing.pop(0)
         if isinstance(error, EngineError) and error.sqlstate == UNPREPARED:
             self._elsewhere(read, waiter)
             return

@@ -215,6 +215,10 @@ def test_pages_of_about_the_same_cost_have_the_same_shape() -> None:
         {"skip": 40},
     ]
     assert len({shape(), *[shape(**other) for other in others]}) == 1 + len(others)
+    (single,) = run({"find": "c", "filter": {"a": 1}, "singleBatch": True}).shared
+    alone: list[Document] = [{}, {"limit": 20}, {"skip": 20}, {"batchSize": 20}]
+    bare = [run({"find": "c", "filter": {"a": 1}} | other, crowd=True).paged[0].shape for other in alone]
+    assert len({single.shape, *bare}) == 1 + len(alone)
 
 
 @pytest.fixture(autouse=True)

@@ -178,12 +178,13 @@ def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere()
     for _ in stage.reads:
         page(stage, 0.0)
     first, second = (Shared(FIND, (b"%d" % number,), b"db.c", _SHAPE) for number in range(2))
-    waiters = stage.line.add(first), stage.line.add(second)
+    waiters = stage.line.add(first), stage.line.add(second), stage.line.add(first._replace(call=GET_MORE))
     stage.server.give(stage.line, refusal(b"3F000"), sync(), refusal(b"26000"), sync())
+    stage.server.give(stage.line, prepared(), row(b"page", None), sync())
     assert isinstance(waiters[0].exception(), EngineError)
     assert stage.elsewhere == [second]
     assert not stage.line.takes(first)
-    assert stage.server.prepared_names == set()
+    assert stage.server.prepared_names == {GET_MORE.name}
 
 
 def test_a_page_joins_no_other_where_pages_take_long() -> None:
