@@ -87,7 +87,7 @@ class Housekeeper:
             await services.engine.call(calls.DELETE_EXPIRED_ROWS, ())
 
     async def _remove_orphans(self) -> None:
-        """Files of cursors that are in no registry: their worker died before it could enter them."""
+        """Files of cursors that are in no registry: their worker died or their client went before."""
         services = self._services
         idle = str(services.config.settings.cursor_timeout / 1000).encode()
         (found,) = await services.engine.call(calls.IDLE_CURSOR_FILES, (idle,))

@@ -255,9 +255,13 @@ async def test_a_page_in_a_line_may_open_a_cursor(make_pool: MakePool, more: Doc
     first = Shared(calls.FIND, (b"line", command), b"line.c", _PAGE)
     async with make_pool(12) as pool:
         refused = first._replace(params=(b"line", encode({"find": "c", "filter": {"$x": 1}, "$db": "line"})))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(pool.pages.all) < 2:
+                await asyncio.gather(*[pool.pages.share(first) for _ in range(9)])
         row = await joined(pool.pages, first)
         failing = pool.pages.share(refused)
         rows = [row, pool.pages.share(first), pool.pages.share(first)]
+        assert all(map(asyncio.isfuture, [failing, *rows]))
         with pytest.raises(EngineError):
             await failing
         for page, continuation, cursor_id in await asyncio.gather(*rows):
