@@ -33,8 +33,6 @@ class Backend(Pipeline):
         "_committed",
         "_ended",
         "_error",
-        "_prepared",
-        "_preparing",
         "_row",
         "_waiter",
         "_writes",
@@ -58,8 +56,6 @@ class Backend(Pipeline):
         self._ended = ended
         self._committed = committed
         self._writes = False  # whether the call does
-        self._prepared = conn.prepared_names
-        self._preparing: list[bytes] = []  # the statements that this batch prepares, in order
         self.held = False  # a cancel request is on its way: nobody else may have the connection before it has arrived
         self._row: Row | None = None
         self._error: Exception | None = None
@@ -95,11 +91,9 @@ class Backend(Pipeline):
         return waiter
 
     def _send(self, call: Call, params: Params) -> None:
-        name = call.name
-        if name not in self._prepared:
-            self._pg.send_prepare(name, call.sql)
-            self._preparing.append(name)
-        self._pg.send_query_prepared(name, params, call.formats, 1)
+        if call.name not in self._prepared:
+            self._prepare(call)
+        self._pg.send_query_prepared(call.name, params, call.formats, 1)
 
     def _take(self, result: pq.abc.PGresult) -> None:
         status = result.status

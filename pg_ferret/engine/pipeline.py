@@ -15,6 +15,7 @@ import psycopg
 from psycopg import pq
 from psycopg.rows import TupleRow
 
+from pg_ferret.engine.calls import Call
 from pg_ferret.errors import EngineError, EngineLostError
 
 Params = Sequence[bytes | bytearray | memoryview | None]
@@ -45,13 +46,28 @@ class Session(psycopg.AsyncConnection[TupleRow]):
 class Pipeline(ABC):
     """The connection while it is on the loop."""
 
-    __slots__ = ("_conn", "_loop", "_pg", "_socket", "_writing", "busy", "idle_ticks", "lost", "spent", "swollen")
+    __slots__ = (
+        "_conn",
+        "_loop",
+        "_pg",
+        "_prepared",
+        "_preparing",
+        "_socket",
+        "_writing",
+        "busy",
+        "idle_ticks",
+        "lost",
+        "spent",
+        "swollen",
+    )
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
         self._conn = conn
         self._loop = loop
         self._pg = pg = conn.pgconn
         self._writing = False
+        self._prepared = conn.prepared_names
+        self._preparing: list[bytes] = []  # statements on their way to be, in order
         self.busy = False  # an answer is still to come
         self.lost = False
         self.swollen = False  # its buffers have grown for a large message
@@ -78,6 +94,12 @@ class Pipeline(ABC):
     @abstractmethod
     def _end(self) -> None:
         """The connection is gone: tell whoever waits."""
+
+    def _prepare(self, call: Call) -> None:
+        """To be called before a call that is not prepared, unless it is on its way to be.  Raises psycopg.Error."""
+        if call.name not in self._preparing:
+            self._pg.send_prepare(call.name, call.sql)
+            self._preparing.append(call.name)
 
     def _sync(self) -> None:
         """Send the batch that libpq has collected.  Raises psycopg.Error."""

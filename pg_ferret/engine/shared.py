@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 from psycopg import pq
 
-from pg_ferret.engine.calls import FIND, Call
+from pg_ferret.engine.calls import FIND
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import (
     COMMAND_OK,
@@ -102,8 +102,6 @@ class SharedLine(Line):
         "_leaving",
         "_owner",
         "_pace",
-        "_prepared",
-        "_preparing",
         "_scheduled",
         "_since",
         "_together",
@@ -123,30 +121,24 @@ class SharedLine(Line):
         self._since = 0.0  # when the server began with the oldest batch
         self._late = 0.0  # from then on it takes too long
         self._pace = 0.0  # how long a page has taken lately
-        self._prepared = conn.prepared_names
-        self._preparing: list[bytes] = []  # on their way, in order
         self._scheduled = False
         super().__init__(conn, loop)
 
     def takes(self, read: Shared) -> bool:
         """Whether a read may join."""
-        if self._leaving or not self._costs.cheap(read.shape):
+        batches = self._batches
+        if self._leaving or not self._costs.cheap(read.shape) or len(self._filling) + len(batches) >= _MOST_WAITING:
             return False
-        waiting = len(self._filling) + len(self._batches)
-        if not self._batches:
-            return waiting < _MOST_WAITING
-        return waiting < _MOST_WAITING and self._pace <= _SLOW_PACE_SECONDS and self._loop.time() <= self._late
+        return not batches or (self._pace <= _SLOW_PACE_SECONDS and self._loop.time() <= self._late)
 
     def may_take(self, read: Shared) -> bool:
         """Whether a read may join if there is no other way, though we are late, or it may be slow."""
-        waiting = len(self._filling) + len(self._batches)
-        return not self._leaving and waiting < _MOST_WAITING and not self._costs.slow(read.shape)
+        full = len(self._filling) + len(self._batches) >= _MOST_WAITING
+        return not (self._leaving or full or self._costs.slow(read.shape))
 
     @property
     def waiting(self) -> int:
         """Reads without an answer."""
-        if not self._together:
-            return len(self._batches) - self._answered
         return len(self._filling) + sum(map(len, self._batches)) - self._answered
 
     def add(self, read: Shared) -> asyncio.Future[Row]:
@@ -160,19 +152,12 @@ class SharedLine(Line):
             self._pg.send_query_prepared(call.name, params, call.formats, 1)
         except psycopg.Error:
             self._end()
-        if self._scheduled:
-            pass
-        elif self._together:
+        if not self._together:
+            self._send()
+        elif not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._send)
-        else:
-            self._send()
         return waiter
-
-    def _prepare(self, call: Call) -> None:
-        if call.name not in self._preparing:
-            self._pg.send_prepare(call.name, call.sql)
-            self._preparing.append(call.name)
 
     def _send(self) -> None:
         """At the end of the loop's turn, if reads go together: all that have come in it."""
@@ -331,7 +316,7 @@ class Reads(Lines[SharedLine]):
         self._others = 0.0  # how many other requests a page has met lately
 
     def crowded(self, others: int) -> bool:
-        """To be asked for every page: whether it had better `share`, while so many other requests are under way.
+        """To be asked for every page that may `share`: whether it had better, with so many other requests under way.
 
         Few of them do better side by side.
         """
@@ -342,10 +327,7 @@ class Reads(Lines[SharedLine]):
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
         if (only := self._only) is not None and only.takes(read):
             return only.add(read)
-        line = None
-        for other in self.all:
-            if other.takes(read) and (line is None or other.waiting < line.waiting):
-                line = other
+        line = self.shortest(line for line in self.all if line.takes(read))
         if line is None and not self._free():
             line = self.shortest(line for line in self.all if line.may_take(read))
         elif line is not None and line.waiting and self.due and self._free():

@@ -99,7 +99,7 @@ class Cursors:
         try:
             with self._env.begin(write=True) as transaction:
                 current = transaction.get(key)
-                if current is None or len(current) == len(record) - len(continuation):  # `_bereft`
+                if current is None or _bereft(current):
                     return False
                 transaction.put(key, record)
         except lmdb.Error as error:

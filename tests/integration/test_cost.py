@@ -40,22 +40,21 @@ NewCluster = Callable[..., Cluster]
 TOLERANCE = 0.05
 # Instructions of CPython 3.14 for one request, by function.
 INSTRUCTIONS: dict[str, dict[str, int]] = {
-    "ping": {  # 405
+    "ping": {  # 404
         "commands/handshake.py:ping": 3,
         "connection.py:Connection._receive": 44,
         "connection.py:Connection._serve": 79,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 8,
         "dispatch.py:respond": 65,
-        "engine/scheduling.py:schedule": 1,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "find": {  # 957
+    "find": {  # 961
         "commands/arguments.py:Namespace.read": 15,
-        "commands/crud.py:find": 122,
+        "commands/crud.py:find": 123,
         "connection.py:Connection._receive": 42,
         "connection.py:Connection._serve": 82,
         "connection.py:Connection.data_received": 38,
@@ -71,17 +70,17 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/shared.py:SharedLine._send": 49,
         "engine/shared.py:SharedLine._take": 89,
         "engine/shared.py:SharedLine.add": 55,
-        "engine/shared.py:SharedLine.takes": 32,
+        "engine/shared.py:SharedLine.takes": 35,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "page": {  # 961
+    "page": {  # 962
         "commands/arguments.py:Namespace.read": 15,
         "commands/crud.py:_by_id": 21,
         "commands/crud.py:_page": 10,
-        "commands/crud.py:find": 119,
+        "commands/crud.py:find": 120,
         "connection.py:Connection._receive": 42,
         "connection.py:Connection._serve": 82,
         "connection.py:Connection.data_received": 38,
@@ -160,7 +159,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "getMore": {  # 1163
+    "getMore": {  # 1180
         "commands/arguments.py:Namespace.read": 15,
         "commands/cursors.py:get_more": 163,
         "connection.py:Connection._receive": 42,
@@ -176,13 +175,14 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/shared.py:Reads.crowded": 16,
         "engine/shared.py:Reads.share": 18,
         "engine/shared.py:SharedLine._begin": 15,
-        "engine/shared.py:SharedLine._finish": 56,
+        "engine/shared.py:SharedLine._finish": 62,
         "engine/shared.py:SharedLine._send": 49,
         "engine/shared.py:SharedLine._take": 95,
         "engine/shared.py:SharedLine.add": 45,
-        "engine/shared.py:SharedLine.takes": 32,
-        "state/cursors.py:Cursors.advance": 56,
+        "engine/shared.py:SharedLine.takes": 35,
+        "state/cursors.py:Cursors.advance": 49,
         "state/cursors.py:Cursors.get": 56,
+        "state/cursors.py:_bereft": 15,
         "state/cursors.py:_pack": 12,
         "state/cursors.py:owner": 6,
         "wire/message.py:Shapes.find": 37,
