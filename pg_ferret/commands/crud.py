@@ -24,10 +24,8 @@ from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request
 
 _FLAGS = frozenset((b"tailable", b"singleBatch"))
-# A find with one of them has a connection of its own: they change the session while it runs.
-_ALONE = frozenset((b"maxTimeMS", b"collation", b"hint"))
 # What a page costs depends on these, beside the filter.
-_OF_A_PAGE = (b"limit", b"batchSize", b"sort", b"skip")
+_OF_A_PAGE = (b"limit", b"batchSize", b"sort", b"skip", b"hint", b"collation")
 # The engine takes them and does not look at them.
 _IGNORED = frozenset((b"min", b"max"))
 _FOR_EVER = float("inf")
@@ -45,8 +43,8 @@ _ID_TYPES = frozenset(
 _STATEMENT_HEAD_BYTES = 16
 # Of an array: its first item, a document.
 _FIRST_ITEM = b"\x030\0"
-# They leave a time limit behind, or have several documents of the same _id.
-_NOT_ALONE = frozenset((b"maxTimeMS", b"collation"))
+# With it there may be several documents of the same _id.
+_NOT_ALONE = frozenset((b"collation",))
 
 
 def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes:
@@ -70,8 +68,8 @@ class _Find(NamedTuple):
     namespace: Namespace
     body: slice | None  # `as_it_came`
     filter: bson.Span
-    alone: bool  # it must have a connection of its own
-    point: bool  # otherwise: it neither sorts nor skips, nor does it ask for small pages
+    alone: bool  # there is none, so it must have a connection of its own
+    point: bool  # otherwise: it neither sorts nor skips, nor does it ask for small pages, a hint or a collation
     whole: bool  # its result is one page
     limit: bson.Span
     sized: tuple[bytes, ...]  # the fields that say how much it reads, beside the filter
@@ -121,7 +119,7 @@ def _look_at(request: Request) -> _Find:
             raise CommandError(115, f"find with {name.decode()} is not supported")
     db = database(request)
     filtered = fields.get(b"filter", bson.MISSING)
-    alone = filtered[0] != bson.DOCUMENT or not _ALONE.isdisjoint(fields)
+    alone = filtered[0] != bson.DOCUMENT
     whole = request.true(b"singleBatch")
     sized = {name: fields[name] for name in _OF_A_PAGE if name in fields}
     point = not alone and (sized.keys() <= {b"limit"} or (whole and sized.keys() <= {b"limit", b"batchSize"}))

@@ -29,7 +29,7 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.sqlstate import UNPREPARED
+from pg_ferret.engine.sqlstate import CANCELLED, UNPREPARED
 from pg_ferret.errors import EngineError, EngineLostError
 
 # Seconds: what takes no longer is cheap; a line that stands still for longer, and as much for each read, takes nobody.
@@ -219,11 +219,14 @@ class SharedLine(Line):
         if self._preparing[:1] == [read.call.name]:
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
             self._preparing.pop(0)
-        if isinstance(error, EngineError) and error.sqlstate == UNPREPARED:
+        sqlstate = error.sqlstate if isinstance(error, EngineError) else ""
+        if sqlstate == UNPREPARED:
             self._elsewhere(read, waiter)
             return
         self._costs.keep_away(read.shape, self._loop.time())  # whoever sends such reads again is not to hold others up
-        if not waiter.done():
+        if sqlstate == CANCELLED:  # by the time limit of this read, or of the one before, which ended at that moment
+            self._elsewhere(read, waiter)
+        elif not waiter.done():
             waiter.set_exception(error)
 
     def _finish(self, batch: list[_Waiting]) -> None:

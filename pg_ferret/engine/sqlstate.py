@@ -18,6 +18,10 @@ WHOLE_COMMAND: Final = frozenset({1, 13, 24, 50, 112})
 CONFLICTS: Final = frozenset({"40001", "40P01"})
 # The connection does not know the statement.
 UNPREPARED: Final = "26000"
+# By a time limit, or because somebody asked for it.
+CANCELLED: Final = "57014"
+# lock_timeout.
+LOCKED: Final = "55P03"
 
 EXTENSION_MISSING = (
     "documentdb and pg_ferret are not both installed as extensions in ferretdb.database; see ferretdb.status"
@@ -55,8 +59,8 @@ _TABLE: dict[str, tuple[int, str | None]] = {
     "53200": (146, None),
     "54000": (201, None),
     "54001": (2, None),
-    "55P03": (24, None),
-    "57014": (11601, "operation was interrupted"),
+    LOCKED: (24, None),
+    CANCELLED: (11601, "operation was interrupted"),
     "57P01": (91, "PostgreSQL is shutting down"),
     "57P02": (91, "PostgreSQL is restarting after a crash"),
     "57P03": (91, "PostgreSQL is starting up or shutting down"),
@@ -93,7 +97,7 @@ def translate(sqlstate: str, message: str) -> tuple[int, str]:
         if code == 2 and "larger than MaxDocumentSize" in message:
             return 10334, message  # BSONObjectTooLarge, which drivers know
         return code, message
-    if sqlstate == "57014" and "statement timeout" in message:
+    if sqlstate == CANCELLED and "statement timeout" in message:
         return 50, "operation exceeded time limit"
     if sqlstate[:2] == "08" or (sqlstate == "XX000" and message.startswith("postmaster was shut down")):
         return 91, "PostgreSQL lost a connection of its own"

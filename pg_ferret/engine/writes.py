@@ -31,7 +31,7 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.sqlstate import UNPREPARED, pack
+from pg_ferret.engine.sqlstate import CANCELLED, LOCKED, UNPREPARED, pack
 from pg_ferret.errors import EngineError, EngineLostError
 
 # Seconds: a line whose first write takes longer takes nobody, and as much for each that waits: the loop has more to do
@@ -50,13 +50,10 @@ _FULL: Final = 12
 _MOST_SHAPES: Final = 10_000
 # How long a write may wait for a lock before it is made elsewhere.
 _LOCK_MILLISECONDS: Final = b"30"
-# Errors that are the line's own, and of which nothing is left: the lock was not to be had, or it was cancelled.
-_LOCKED: Final = "55P03"
-_CANCELLED: Final = "57014"
-
-
+# Errors that may be the line's own, and of which nothing is left: the lock was not to be had, or it was cancelled.
+_NOT_MADE: Final = (LOCKED, CANCELLED)
 # The same in the engine's writeErrors.
-_WRITE_ERRORS: Final = tuple(b"\x10code\0" + struct.pack("<i", pack(code)) for code in (_LOCKED, _CANCELLED))
+_WRITE_ERRORS: Final = tuple(b"\x10code\0" + struct.pack("<i", pack(code)) for code in _NOT_MADE)
 
 
 class Shapes:
@@ -267,7 +264,7 @@ class WriteLine(Line):
 def _not_made(row: Row | None, error: Exception | None) -> bool:
     """Whether a write was not made, for a reason that is only the line's."""
     if error is not None:
-        return isinstance(error, EngineError) and error.sqlstate in (_LOCKED, _CANCELLED, UNPREPARED)
+        return isinstance(error, EngineError) and error.sqlstate in (*_NOT_MADE, UNPREPARED)
     if row is None or row[1] == b"\x01" or row[0] is None:
         return False
     return any(code in row[0] for code in _WRITE_ERRORS)

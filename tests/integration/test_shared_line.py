@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import psycopg
 import pytest
 from bson import Int64, decode, encode
 from pymongo import MongoClient
@@ -17,11 +18,12 @@ from pymongo.errors import OperationFailure
 
 from dev.cluster import Cluster
 from pg_ferret.engine import calls
-from pg_ferret.engine.limits import pool_limits
+from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
 from pg_ferret.engine.shared import Reads
+from pg_ferret.engine.sqlstate import CANCELLED
 from pg_ferret.errors import EngineError
 from tests.integration.conftest import configuration
 from tests.integration.pools import MakePool, active, locked, opened_pool
@@ -49,10 +51,10 @@ def view(client: MongoClient[Document], make_pool: MakePool) -> None:
     client.line.create_collection("v", viewOn="c", pipeline=pipeline)
 
 
-def find(number: int, collection: str = "c", condition: object = None) -> Shared:
+def find(number: int, collection: str = "c", condition: object = None, **more: object) -> Shared:
     """A read of one row; all have the same shape, as if they had turned out to cost the same."""
     command = {"find": collection, "filter": {"_id": number} if condition is None else {"s": condition}}
-    body = encode(command | {"limit": 1, "singleBatch": True, "$db": "line"})
+    body = encode(command | {"limit": 1, "singleBatch": True, "$db": "line"} | more)
     return Shared(calls.FIND, (b"line", body), b"line." + collection.encode(), _SHAPE)
 
 
@@ -175,6 +177,28 @@ async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> Non
         assert not asyncio.isfuture(alone := pool.finds.share(find(1)))
         assert found(await alone) == 1
         assert found(await (await shared(pool, 5))) == 5
+
+
+async def test_a_time_limit_is_that_of_its_read_alone(cluster: Cluster, make_pool: MakePool) -> None:
+    async with make_pool(6) as pool, locked(cluster):
+        await ready(pool)
+        limited = pool.finds.share(find(1, "d", maxTimeMS=30))
+        others = [pool.finds.share(find(number)) for number in range(5)]
+        assert all(map(asyncio.isfuture, (limited, *others)))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            with pytest.raises(EngineError) as refused:
+                await limited
+            assert refused.value.sqlstate == CANCELLED
+            assert [found(row) for row in await asyncio.gather(*others)] == [0, 1, 2, 3, 4]
+        assert not active(cluster)
+
+
+def test_the_engine_limits_no_statement_that_follows_in_the_transaction(cluster: Cluster, make_pool: MakePool) -> None:
+    _, body = find(1, maxTimeMS=50).params
+    with psycopg.connect(conninfo(configuration(cluster)), autocommit=True) as connection, connection.pipeline():
+        connection.execute("select from documentdb_api.find_cursor_first_page('line', %b)", (body,))
+        slept = connection.execute("select pg_sleep(0.2), current_setting('statement_timeout')")
+        assert slept.fetchone() == ("", "0")
 
 
 async def test_stalls_with_several_batches_under_way_cost_no_connection(cluster: Cluster, make_pool: MakePool) -> None:

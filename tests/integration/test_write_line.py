@@ -19,6 +19,7 @@ from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
+from pg_ferret.engine.sqlstate import CANCELLED
 from pg_ferret.errors import EngineError, EngineLostError
 from tests.integration.conftest import NewCluster, configuration
 from tests.integration.pools import MakePool, active, opened_pool, table_of
@@ -36,9 +37,9 @@ def make_pool(cluster: Cluster, client: MongoClient[Document]) -> MakePool:
     return partial(opened_pool, cluster)
 
 
-def increment(number: int) -> Shared:
+def increment(number: int, **more: object) -> Shared:
     """An update of one counter; all have the same shape."""
-    body = encode({"update": "w", "ordered": True, "$db": "line"})
+    body = encode({"update": "w", "ordered": True, "$db": "line"} | more)
     statement = encode({"q": {"_id": number}, "u": {"$inc": {"n": 1}}})
     return Shared(calls.UPDATE, (b"line", body, statement, calls.TRUE), b"line.w", _SHAPE)
 
@@ -112,6 +113,25 @@ async def test_who_waits_for_a_row_waits_apart(
             assert not waiting[0].done()
         assert modified(await waiting[0]) == 1
     assert client.line.w.find_one(1) == {"_id": 1, "n": 1}
+
+
+async def test_a_time_limit_is_that_of_its_write_alone(cluster: Cluster, make_pool: MakePool) -> None:
+    async with make_pool(20) as pool:
+        await lines(pool)
+        (line, *_) = pool.writes.all
+        async with await psycopg.AsyncConnection.connect(conninfo(configuration(cluster))) as blocker:
+            await blocker.execute(
+                f"select from {table_of(cluster, 'w')}"
+                ' where object_id operator(documentdb_core.=) \'{"": {"$numberInt": "1"}}\'::documentdb_core.bson'
+                " for update"
+            )
+            limited, *others = [line.add(increment(number, maxTimeMS=20)) for number in range(1, 10)]
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                assert [modified(row) for row in await asyncio.gather(*others)] == [1] * 8
+                with pytest.raises(EngineError) as refused:
+                    await limited
+                assert refused.value.sqlstate == CANCELLED
+            assert not active(cluster)
 
 
 async def test_what_holds_up_the_line_is_made_apart(

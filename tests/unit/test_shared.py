@@ -224,6 +224,15 @@ def test_a_slow_read_stays_away_until_one_is_cheap() -> None:
         assert (costs.cheap(_SHAPE), costs.slow(_SHAPE)) == (cheap, not cheap)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_read_that_a_time_limit_ends_is_made_elsewhere(together: bool) -> None:
+    stage = Stage(FIND, together=together)
+    stage.server.give(stage.line, row(b"page", None, None), *[sync()] * (not together), refusal(b"57014"), sync())
+    assert answers(stage) == 1
+    assert stage.elsewhere == stage.reads[1:] if together else stage.elsewhere == [stage.reads[1]]
+    assert stage.costs.slow(_SHAPE)
+
+
 def test_large_pages_stay_away(stage: Stage) -> None:
     stage.server.give(stage.line, row(bytes(LARGE_BYTES + 1), None))
     assert not stage.line.takes(stage.reads[0])
