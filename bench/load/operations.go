@@ -54,6 +54,7 @@ var operations = map[string]operation{
 	"findAndModify":     {run: findAndModify},
 	"insertMany":        {run: insertMany, cleanup: drop("inserted")},
 	"page":              {run: page},
+	"count":             {run: count},
 	"scan":              {run: scan},
 	"sort":              {run: sorted},
 	"group":             {run: group},
@@ -258,6 +259,17 @@ func insertMany(ctx context.Context, c *client) error {
 func page(ctx context.Context, c *client) error {
 	filter := bson.D{{Key: "_id", Value: bson.D{{Key: "$gte", Value: c.random.IntN(documents - 20)}}}}
 	return drain(ctx, c, "docs", filter, options.Find().SetLimit(20), 20)
+}
+
+// count counts 20 documents, as drivers do: by an aggregation.
+func count(ctx context.Context, c *client) error {
+	first := c.random.IntN(documents - 20)
+	filter := bson.D{{Key: "_id", Value: bson.D{{Key: "$gte", Value: first}, {Key: "$lt", Value: first + 20}}}}
+	number, err := c.db.Collection("docs").CountDocuments(ctx, filter)
+	if err == nil && number != 20 {
+		err = fmt.Errorf("%d documents were counted instead of 20", number)
+	}
+	return err
 }
 
 // scan reads 1,000 documents in 10 batches.

@@ -1,5 +1,5 @@
 """The commands.  Importing this package fills the registry."""
 
-from pg_ferret.commands import crud, cursors, ddl, diagnostic, handshake, indexes, sessions
+from pg_ferret.commands import cursors, ddl, diagnostic, handshake, indexes, reads, sessions, writes
 
-__all__ = ["crud", "cursors", "ddl", "diagnostic", "handshake", "indexes", "sessions"]
+__all__ = ["cursors", "ddl", "diagnostic", "handshake", "indexes", "reads", "sessions", "writes"]

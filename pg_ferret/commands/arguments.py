@@ -19,6 +19,10 @@ _NOTHING_IF_EMPTY = frozenset((b"collation", b"hint", b"max", b"min", b"sort"))
 _MAX_DATABASE_BYTES = 63
 _MAX_COLLECTION_BYTES = 255
 _MAX_TIMEOUT_MS = 2**31 - 1
+# Values of an _id that one document has at most: a document could be operators, a regular expression matches many.
+_ID_TYPES = frozenset(
+    (bson.DOUBLE, bson.STRING, bson.BINARY, bson.OBJECT_ID, bson.BOOL, bson.DATE, bson.INT32, bson.INT64)
+)
 
 
 def database(request: Request) -> bytes:
@@ -74,6 +78,11 @@ class Namespace(NamedTuple):
         if 0 in name:  # all that `collection` looks at and that is not the same in all of them
             raise _invalid_namespace(request)
         return self.prefix + name
+
+
+def by_id(data: bytes, at: int) -> bool:
+    """Whether the condition that begins there is first of all a value of the _id."""
+    return data[at + 5 : at + 9] == b"_id\0" and data[at + 4] in _ID_TYPES
 
 
 def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryview:

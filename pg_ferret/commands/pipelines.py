@@ -1,4 +1,4 @@
-"""What a pipeline's last stage says."""
+"""What a pipeline says about what it does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,35 @@ from pg_ferret.wire.message import Request
 
 # MongoDB's limit of stages; longer pipelines are not looked through.
 _MOST_STAGES = 1000
+# So many stages, and so many bytes of each, tell about what it costs.
+_OUTLINED_STAGES = 16
+_OUTLINED_BYTES = 64
+_DOCUMENT = bytes((bson.DOCUMENT,))
+
+
+def may_write(request: Request) -> bool:
+    """Whether an aggregation may write to a collection: all that do are among these."""
+    return b"$merge\0" in request.frame or b"$out\0" in request.frame
+
+
+def outline(frame: bytes, span: bson.Span) -> list[bytes]:
+    """Type and name of the first condition of a filter, or of each stage of a pipeline and its first field.
+
+    Raises InvalidBSONError.
+    """
+    kind, start, end = span
+    if kind != bson.ARRAY:
+        return [_first(frame[start + 4 : min(end, start + _OUTLINED_BYTES)])]
+    names = []
+    for stage in islice(bson.split_array(frame, start, end), _OUTLINED_STAGES):
+        head = bytes(stage[4:_OUTLINED_BYTES])
+        operator = _first(head)
+        names += [operator, _first(head[len(operator) + 1 + 4 :]) if operator[:1] == _DOCUMENT else b""]
+    return names
+
+
+def _first(fields: bytes) -> bytes:
+    return fields.partition(b"\0")[0]
 
 
 class Output(NamedTuple):
@@ -25,7 +54,7 @@ class Output(NamedTuple):
     @classmethod
     def of(cls, request: Request) -> Output | None:
         """None if it writes to none, or if that cannot be made out: the engine judges pipelines."""
-        if b"$merge\0" not in request.frame and b"$out\0" not in request.frame:
+        if not may_write(request):
             return None
         try:
             return cls._of(request)

@@ -94,11 +94,10 @@ FALSE: Final = b"f"
 # (incarnation) -> nothing of use, when all that is committed is on disk
 FLUSH_COMMITS = _call("flush_commits", "SELECT ferretdb.flush_commits($1)", _BSON)
 
+# (db, spec) -> reply, NULL: there is no continuation
+COUNT = _call("count", f"SELECT document, NULL FROM documentdb_api.count_query($1, {_SPEC})", _DB_BSON)
+DISTINCT = _call("distinct", f"SELECT document, NULL FROM documentdb_api.distinct_query($1, {_SPEC})", _DB_BSON)
 # (db, spec) -> reply
-COUNT = _call("count", "SELECT document FROM documentdb_api.count_query($1, ferretdb.checked_bson($2))", _DB_BSON)
-DISTINCT = _call(
-    "distinct", "SELECT document FROM documentdb_api.distinct_query($1, ferretdb.checked_bson($2))", _DB_BSON
-)
 VALIDATE = _call("validate", "SELECT documentdb_api.validate($1, ferretdb.checked_bson($2))", _DB_BSON)
 CREATE = _call("create", "SELECT documentdb_api.create_collection_view($1, ferretdb.checked_bson($2))", _DB_BSON)
 # (db, collection, spec) -> reply

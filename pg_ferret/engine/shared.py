@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 from psycopg import pq
 
-from pg_ferret.engine.calls import FIND
+from pg_ferret.engine.calls import GET_MORE
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import (
     COMMAND_OK,
@@ -192,7 +192,7 @@ class SharedLine(Line):
             if page is not None and len(page) > LARGE_BYTES:
                 self.swollen = True
                 self._costs.keep_away(read.shape, self._loop.time())
-            if following is not None and read.call is FIND:
+            if following is not None and read.call is not GET_MORE:  # it has opened a cursor
                 if self._together:
                     # Behind others in a batch the engine keeps the cursor no longer than the batch lasts.
                     self._costs.keep_away(read.shape, self._loop.time())
@@ -298,7 +298,7 @@ class SharedLine(Line):
 
 
 class Reads(Lines[SharedLine]):
-    """The connections that reads share: results are a page and, if it goes on, the continuation."""
+    """The connections that reads share: results are a document and, if it is a page and goes on, the continuation."""
 
     __slots__ = ("_free", "_measured", "_only", "_others")
 

@@ -273,12 +273,21 @@ async def test_only_a_position_in_a_collection_can_be_read_again(
         assert calls.streams(continuation) == streams
 
 
-@pytest.mark.parametrize("more", [{}, {"sort": {"s": 1}}, {"skip": 1}])
-async def test_a_page_in_a_line_may_open_a_cursor(make_pool: MakePool, more: Document) -> None:
-    command = encode({"find": "c", "filter": {}, "batchSize": 4, **more, "$db": "line"})
-    first = Shared(calls.FIND, (b"line", command), b"line.c", _PAGE)
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"find": "c", "filter": {}, "batchSize": 4},
+        {"find": "c", "filter": {}, "batchSize": 4, "sort": {"s": 1}},
+        {"find": "c", "filter": {}, "batchSize": 4, "skip": 1},
+        {"aggregate": "c", "pipeline": [{"$match": {"s": "a"}}], "cursor": {"batchSize": 4}},
+        {"aggregate": "c", "pipeline": [{"$group": {"_id": "$_id"}}], "cursor": {"batchSize": 4}},
+    ],
+)
+async def test_a_page_in_a_line_may_open_a_cursor(make_pool: MakePool, command: Document) -> None:
+    call = calls.FIND if "find" in command else calls.AGGREGATE
+    first = Shared(call, (b"line", encode(command | {"$db": "line"})), b"line.c", _PAGE)
     async with make_pool(12) as pool:
-        refused = first._replace(params=(b"line", encode({"find": "c", "filter": {"$x": 1}, "$db": "line"})))
+        refused = first._replace(params=(b"line", encode(command | {"nonsense": 1, "$db": "line"})))
         async with asyncio.timeout(PATIENCE_SECONDS):
             while len(pool.pages.all) < 2:
                 await asyncio.gather(*[pool.pages.share(first) for _ in range(9)])
@@ -294,7 +303,7 @@ async def test_a_page_in_a_line_may_open_a_cursor(make_pool: MakePool, more: Doc
             got = [item["_id"] for item in decode(page)["cursor"]["firstBatch"]]
             getmore = {"getMore": Int64(int.from_bytes(cursor_id, "big")), "collection": "c", "$db": "line"}
             got += rest(await pool.call(calls.GET_MORE, (b"line", encode(getmore), continuation)))
-            assert sorted(got) == list(range(1 if "skip" in more else 0, 10))
+            assert sorted(got) == list(range(1 if "skip" in command else 0, 10))
 
 
 @pytest.mark.usefixtures("make_pool")  # the collections
@@ -304,6 +313,11 @@ def test_cursors_are_whole_among_many_clients(client: MongoClient[Document]) -> 
         lambda: client.line.c.find({"s": "a"}, batch_size=2).sort("s"),
         lambda: client.line.d.find({"_id": {"$gte": 0}}, batch_size=4),
         lambda: client.line.d.find().sort("_id", -1).limit(10),
+        lambda: client.line.c.aggregate([{"$match": {"s": "a"}}], batchSize=3),
+        lambda: client.line.d.aggregate([{"$group": {"_id": "$_id"}}], batchSize=4),
+        lambda: [{"_id": number} for number in client.line.d.distinct("_id")],
+        lambda: [{"_id": number} for number in range(client.line.c.count_documents({"s": "a"}))],
+        lambda: [{"_id": number} for number in range(client.line.c.estimated_document_count())],
     ]
 
     def whole(number: int) -> set[tuple[int, ...]]:
@@ -314,7 +328,7 @@ def test_cursors_are_whole_among_many_clients(client: MongoClient[Document]) -> 
         return {tuple(sorted(item["_id"] for item in cursor)) for cursor in found}
 
     with ThreadPoolExecutor(16) as threads:
-        assert [*threads.map(whole, range(48))] == [{tuple(range(10))}] * 48
+        assert [*threads.map(whole, range(54))] == [{tuple(range(10))}] * 54
 
 
 async def test_pages_behind_one_that_stalls_are_read_elsewhere(cluster: Cluster, make_pool: MakePool) -> None:

@@ -117,7 +117,7 @@ def test_the_rule_bites() -> None:
     """The table of rows says what the design says."""
     assert place("pg_ferret.wire.bson")[0] == place("pg_ferret.engine.pool")[0]
     assert place("pg_ferret.wire.bson") != place("pg_ferret.engine.pool")
-    assert place("pg_ferret.commands.crud") < place("pg_ferret.dispatch") < place("supervisor.prefork")
+    assert place("pg_ferret.commands.reads") < place("pg_ferret.dispatch") < place("supervisor.prefork")
     assert place("pg_ferret.elsewhere") == (-1, -1)
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from pg_ferret.engine.calls import FIND, GET_MORE, Call
+from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, Row
 from pg_ferret.engine.shared import Costs, Reads, SharedLine
@@ -31,7 +31,7 @@ class Stage:
         self.costs = costs = Costs()
         for shape in (_SHAPE, _OTHER_SHAPE):
             costs.note(shape, 0.0, 0.0)
-        self.server.prepared_names |= {FIND.name, GET_MORE.name}
+        self.server.prepared_names |= {AGGREGATE.name, FIND.name, GET_MORE.name}
         self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), costs, owner, together=together)
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
         self.waiters = [self.line.add(read) for read in self.reads]
@@ -147,8 +147,9 @@ def test_reads_of_one_turn_are_one_transaction(stage: Stage) -> None:
     assert (len(stage.server.sent), stage.server.syncs) == (4, 1)
 
 
-def test_pages_are_transactions_of_their_own_and_may_open_cursors() -> None:
-    stage = Stage(FIND, together=False)
+@pytest.mark.parametrize("call", [FIND, AGGREGATE])
+def test_pages_are_transactions_of_their_own_and_may_open_cursors(call: Call) -> None:
+    stage = Stage(call, together=False)
     assert (len(stage.server.sent), stage.server.syncs) == (4, 4)
     stage.server.give(stage.line, row(b"page", b"more", b"id"), sync())
     stage.server.give(stage.line, refusal(b"22023"), sync(), row(b"page", None, None), sync())

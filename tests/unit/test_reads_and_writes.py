@@ -184,6 +184,65 @@ def test_a_read_that_may_leave_a_cursor_shares_in_a_crowd_only(command: Document
         assert (len(engine.paged), len(engine.apart)) == (crowd, not crowd)
 
 
+def outlined(stages: list[Document], crowd: bool = True, **more: object) -> Engine:
+    return run({"aggregate": "c", "pipeline": stages, "cursor": {}} | more, crowd=crowd)
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"aggregate": "c", "pipeline": [{"$match": {"a": 1}}], "cursor": {}},
+        {"aggregate": "c", "pipeline": [], "cursor": {}},
+        {"count": "c", "query": {"a": 1}},
+        {"count": "c"},
+        {"distinct": "c", "key": "a", "query": {"b": 1}},
+        {"distinct": "c", "key": "a"},
+    ],
+)
+def test_other_reads_share_in_a_crowd_only(command: Document, crowd: bool) -> None:
+    engine = run(command, crowd=crowd)
+    assert not engine.shared
+    assert (len(engine.paged), len(engine.apart)) == (crowd, not crowd)
+
+
+@pytest.mark.parametrize("stage", [{"$out": "d"}, {"$merge": {"into": "d"}}])
+def test_an_aggregation_that_writes_is_made_apart(stage: Document) -> None:
+    engine = outlined([{"$match": {"a": 1}}, stage])
+    assert engine.apart
+    assert not engine.paged
+
+
+def test_other_reads_of_about_the_same_cost_have_the_same_shape() -> None:
+    def shape(command: Document) -> int:
+        (read,) = run(command, crowd=True).paged
+        return read.shape
+
+    matched: Document = {"aggregate": "c", "pipeline": [{"$match": {"a": 1}}, {"$limit": 5}], "cursor": {}}
+    same = matched | {"pipeline": [{"$match": {"a": 2}}, {"$limit": 6}], "maxTimeMS": 5}
+    assert shape(matched) == shape(same)
+    counted: Document = {"count": "c", "query": {"a": 1}}
+    assert shape(counted) == shape(counted | {"query": {"a": 2}})
+    others = [
+        matched,
+        matched | {"aggregate": "d"},
+        matched | {"pipeline": [{"$match": {"b": 1}}, {"$limit": 5}]},
+        matched | {"pipeline": [{"$match": {"a": 1.0}}, {"$limit": 5}]},
+        matched | {"pipeline": [{"$match": {"a": 1}}, {"$sort": {"a": 1}}]},
+        matched | {"pipeline": [{"$match": {"a": 1}}, {"$sort": {"b": 1}}]},
+        matched | {"pipeline": [{"$match": {"a": 1, "b": "x" * 100}}, {"$limit": 5}]},
+        matched | {"cursor": {"batchSize": 5}},
+        counted,
+        counted | {"count": "d"},
+        counted | {"query": {"b": 1}},
+        counted | {"skip": 1},
+        counted | {"limit": 1},
+        {"distinct": "c", "query": {"a": 1}, "key": "a"},
+        {"distinct": "c", "query": {"a": 1}, "key": "b"},
+    ]
+    assert len({shape(other) for other in others}) == len(others)
+
+
 @pytest.mark.parametrize("command", [{"filter": 1, "limit": 1}, {"limit": 1}])
 def test_a_read_without_a_filter_is_made_apart(command: Document) -> None:
     for _ in range(2):
