@@ -188,6 +188,31 @@ async def test_writes_survive_the_end_of_the_connection_that_flushes(
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [5] * 50
 
 
+async def test_a_document_is_found_by_a_plan_that_is_made_once(new_cluster: NewCluster) -> None:
+    # Without statistics PostgreSQL takes the plan for any _id for dear.
+    explaining = {"auto_explain.log_min_duration": "0", "auto_explain.log_nested_statements": "on"}
+    cluster = new_cluster(session_preload_libraries="auto_explain", autovacuum="off", **explaining)
+    with MongoClient[Document](cluster.uri) as client:
+        client.line.w.insert_many([{"_id": number, "n": 0} for number in range(2000)])
+    async with opened_pool(cluster, 12) as pool:
+        await lines(pool)
+        for _ in range(2):  # it takes PostgreSQL five plans to know
+            before = len(cluster.log)
+            assert [modified(await write) for write in await in_line(pool, *range(20))] == [1] * 20
+        log = cluster.log[before:]
+    assert log.count("Index Cond: ((shard_key_value = $") == 20
+    assert log.count("Index Cond: ((shard_key_value = ") == 20
+
+
+def test_a_plan_cache_mode_of_the_server_changes_no_result(new_cluster: NewCluster) -> None:
+    cluster = new_cluster(plan_cache_mode="force_generic_plan")
+    with MongoClient[Document](cluster.uri) as client:
+        client.line.w.insert_one({"_id": 1, "n": 0})
+        for number in range(10):
+            where = {"_id": 1, "n": number}
+            assert client.line.w.update_one(where, {"$inc": {"n": 1}}).modified_count == 1
+
+
 async def test_what_is_acknowledged_survives_a_crash(new_cluster: NewCluster) -> None:
     # PostgreSQL flushes by itself only after ten seconds: what nobody asked for is lost.
     cluster = new_cluster(wal_writer_delay="10s", wal_writer_flush_after="1GB")

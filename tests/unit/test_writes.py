@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import FLUSH_COMMITS, INSERT, LOCK_TIMEOUT, TRUE, Call
+from pg_ferret.engine.calls import FLUSH_COMMITS, INSERT, SET_UP_WRITES, TRUE, Call
 from pg_ferret.engine.commits import Commits, Committed, unknown
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import Params, Row
@@ -50,7 +50,7 @@ class Stage:
             owner,
         )
         self.line.begin()
-        self.server.give(self.line, row(b"30"), sync())
+        self.server.give(self.line, row(b"30", b"1.1"), sync())
 
     def _end(self, _: object) -> None:
         self.ended += 1
@@ -63,7 +63,7 @@ def stage() -> Stage:
 
 def test_every_write_is_a_transaction_of_its_own(stage: Stage) -> None:
     waiters = [stage.line.add(_WRITE) for _ in range(3)]
-    assert stage.server.sent == [LOCK_TIMEOUT.name, *[INSERT.name] * 3]
+    assert stage.server.sent == [SET_UP_WRITES.name, *[INSERT.name] * 3]
     stage.server.give(stage.line, row(*_DONE), sync(), refusal(b"22023"), sync(), row(b"reply", b"\x01", None), sync())
     assert stage.committed == [_DONE]  # told when it is flushed
     assert not waiters[0].done()
@@ -205,7 +205,7 @@ class Pool:
 def test_a_write_shares_only_among_others(stage: Stage) -> None:
     pool = Pool(stage)
     pool.writes.add(cast(Any, stage.server))
-    stage.server.give(stage.line, row(b"30"), sync())
+    stage.server.give(stage.line, row(b"30", b"1.1"), sync())
     assert asyncio.isfuture(pool.writes.share(_WRITE))
     assert pool.wanted == 0
     pool.is_crowded = False
@@ -224,7 +224,7 @@ def test_one_line_serves_all_until_many_wait(stage: Stage) -> None:
 
     for one in (stage, second):
         pool.writes.add(cast(Any, one.server))
-        one.server.give(one.line, row(b"30"), sync())
+        one.server.give(one.line, row(b"30", b"1.1"), sync())
     pool.writes.allot(3)
     assert share(12) == (12, 0, 0)
     assert share(12) == (12, 12, 0)
@@ -236,7 +236,7 @@ def test_one_line_serves_all_until_many_wait(stage: Stage) -> None:
 def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
     pool = Pool(stage)
     pool.writes.add(cast(Any, stage.server))
-    stage.server.give(stage.line, row(b"30"), sync())
+    stage.server.give(stage.line, row(b"30", b"1.1"), sync())
     other = _WRITE._replace(shape=2)
     asyncio.run(cast(Any, pool.writes.share(other)))
     assert pool.apart == [other.params]
@@ -253,7 +253,7 @@ def test_a_write_shares_if_there_is_no_other_way(stage: Stage) -> None:
     stage.loop.run(0.1)  # it is late, too
     assert asyncio.isfuture(pool.writes.share(_WRITE))
     assert asyncio.isfuture(pool.writes.share(_WRITE._replace(shape=3)))
-    stage.server.give(stage.line, row(b"30"), sync(), row(*_DONE), sync(), row(*_DONE), sync())
+    stage.server.give(stage.line, row(b"30", b"1.1"), sync(), row(*_DONE), sync(), row(*_DONE), sync())
     assert stage.line.takes(3)
 
 
