@@ -151,9 +151,9 @@ IDLE_CURSOR_FILES = _call(
 )
 # (milliseconds): bounds the call that follows it in the same batch
 STATEMENT_TIMEOUT = _call("statement_timeout", "SELECT pg_catalog.set_config('statement_timeout', $1, true)", (TEXT,))
-# (lock_timeout in milliseconds, random_page_cost): for the session
+# (lock_timeout in milliseconds, cpu_operator_cost): for the session
 SET_UP_WRITES = _call(
     "set_up_writes",
-    "SELECT pg_catalog.set_config('lock_timeout', $1, false), pg_catalog.set_config('random_page_cost', $2, false)",
+    "SELECT pg_catalog.set_config('lock_timeout', $1, false), pg_catalog.set_config('cpu_operator_cost', $2, false)",
     (TEXT, TEXT),
 )

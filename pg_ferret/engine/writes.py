@@ -50,9 +50,10 @@ _FULL: Final = 12
 _MOST_SHAPES: Final = 10_000
 # How long a write may wait for a lock before it is made elsewhere.
 _LOCK_MILLISECONDS: Final = b"30"
-# The engine finds documents by a statement that is planned once, and at random_page_cost 4 only if PostgreSQL happens
-# to take the plan for any _id for no dearer than to plan it for each anew, which is a third of an update's work.
-_RANDOM_PAGE_COST: Final = b"1.1"
+# The statement by which the engine finds a document is planned once only if PostgreSQL takes the plan for any _id for
+# no dearer than to plan it for each anew, which is a third of an update's work.  What planning costs it reckons by
+# this, in the mean of all plans so far: a process that has taken it for cheap soon learns better.
+_CPU_OPERATOR_COST: Final = b"0.1"
 # Errors that may be the line's own, and of which nothing is left: the lock was not to be had, or it was cancelled.
 _NOT_MADE: Final = (LOCKED, CANCELLED)
 # The same in the engine's writeErrors.
@@ -127,7 +128,7 @@ class WriteLine(Line):
         """Set the connection up."""
         nobody: asyncio.Future[Row] = self._loop.create_future()
         nobody.cancel()
-        self._send(_Waiting(Shared(SET_UP_WRITES, (_LOCK_MILLISECONDS, _RANDOM_PAGE_COST), b"", 0), nobody))
+        self._send(_Waiting(Shared(SET_UP_WRITES, (_LOCK_MILLISECONDS, _CPU_OPERATOR_COST), b"", 0), nobody))
 
     def takes(self, shape: int) -> bool:
         """Whether a write may join."""

@@ -37,10 +37,10 @@ def make_pool(cluster: Cluster, client: MongoClient[Document]) -> MakePool:
     return partial(opened_pool, cluster)
 
 
-def increment(number: int, **more: object) -> Shared:
-    """An update of one counter; all have the same shape."""
+def increment(number: int, where: Document | None = None, **more: object) -> Shared:
+    """An update of one counter, if it is as ``where`` says; all have the same shape."""
     body = encode({"update": "w", "ordered": True, "$db": "line"} | more)
-    statement = encode({"q": {"_id": number}, "u": {"$inc": {"n": 1}}})
+    statement = encode({"q": {"_id": number} | (where or {}), "u": {"$inc": {"n": 1}}})
     return Shared(calls.UPDATE, (b"line", body, statement, calls.TRUE), b"line.w", _SHAPE)
 
 
@@ -195,13 +195,24 @@ async def test_a_document_is_found_by_a_plan_that_is_made_once(new_cluster: NewC
     with MongoClient[Document](cluster.uri) as client:
         client.line.w.insert_many([{"_id": number, "n": 0} for number in range(2000)])
     async with opened_pool(cluster, 12) as pool:
+        for _ in range(20):  # those that become lines have found it so before
+            await asyncio.gather(*[pool.call(calls.UPDATE, increment(number).params) for number in range(12)])
         await lines(pool)
         planned_once = 0
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while planned_once < 20:  # it takes PostgreSQL five plans to know
+            while planned_once < 20:  # it takes PostgreSQL some plans to know
                 before = len(cluster.log)
                 assert [modified(await write) for write in await in_line(pool, *range(20))] == [1] * 20
                 planned_once = cluster.log[before:].count("Index Cond: ((shard_key_value = $")
+
+
+async def test_a_filter_beside_the_id_counts_in_a_line(make_pool: MakePool) -> None:
+    async with make_pool(20) as pool:
+        await lines(pool)
+        for line in pool.writes.all:
+            writes = [line.add(increment(1, {"n": {"$gte": 0}})) for _ in range(40)]
+            writes += [line.add(increment(1, {"n": -1})) for _ in range(40)]
+            assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 40 + [0] * 40
 
 
 def test_a_plan_cache_mode_of_the_server_changes_no_result(new_cluster: NewCluster) -> None:

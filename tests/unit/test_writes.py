@@ -50,7 +50,7 @@ class Stage:
             owner,
         )
         self.line.begin()
-        self.server.give(self.line, row(b"30", b"1.1"), sync())
+        self.server.give(self.line, row(b"30", b"0.1"), sync())
 
     def _end(self, _: object) -> None:
         self.ended += 1
@@ -205,7 +205,7 @@ class Pool:
 def test_a_write_shares_only_among_others(stage: Stage) -> None:
     pool = Pool(stage)
     pool.writes.add(cast(Any, stage.server))
-    stage.server.give(stage.line, row(b"30", b"1.1"), sync())
+    stage.server.give(stage.line, row(b"30", b"0.1"), sync())
     assert asyncio.isfuture(pool.writes.share(_WRITE))
     assert pool.wanted == 0
     pool.is_crowded = False
@@ -224,7 +224,7 @@ def test_one_line_serves_all_until_many_wait(stage: Stage) -> None:
 
     for one in (stage, second):
         pool.writes.add(cast(Any, one.server))
-        one.server.give(one.line, row(b"30", b"1.1"), sync())
+        one.server.give(one.line, row(b"30", b"0.1"), sync())
     pool.writes.allot(3)
     assert share(12) == (12, 0, 0)
     assert share(12) == (12, 12, 0)
@@ -236,7 +236,7 @@ def test_one_line_serves_all_until_many_wait(stage: Stage) -> None:
 def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
     pool = Pool(stage)
     pool.writes.add(cast(Any, stage.server))
-    stage.server.give(stage.line, row(b"30", b"1.1"), sync())
+    stage.server.give(stage.line, row(b"30", b"0.1"), sync())
     other = _WRITE._replace(shape=2)
     asyncio.run(cast(Any, pool.writes.share(other)))
     assert pool.apart == [other.params]
@@ -253,7 +253,7 @@ def test_a_write_shares_if_there_is_no_other_way(stage: Stage) -> None:
     stage.loop.run(0.1)  # it is late, too
     assert asyncio.isfuture(pool.writes.share(_WRITE))
     assert asyncio.isfuture(pool.writes.share(_WRITE._replace(shape=3)))
-    stage.server.give(stage.line, row(b"30", b"1.1"), sync(), row(*_DONE), sync(), row(*_DONE), sync())
+    stage.server.give(stage.line, row(b"30", b"0.1"), sync(), row(*_DONE), sync(), row(*_DONE), sync())
     assert stage.line.takes(3)
 
 
