@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from itertools import islice
 from typing import NamedTuple
@@ -27,16 +28,17 @@ def may_write(request: Request) -> bool:
 def outline(frame: bytes, span: bson.Span) -> list[bytes]:
     """Type and name of the first condition of a filter, or of each stage of a pipeline and its first field.
 
-    Raises InvalidBSONError.
+    Only as far as that can be made out: the engine judges pipelines.
     """
     kind, start, end = span
     if kind != bson.ARRAY:
         return [_first(frame[start + 4 : min(end, start + _OUTLINED_BYTES)])]
-    names = []
-    for stage in islice(bson.split_array(frame, start, end), _OUTLINED_STAGES):
-        head = bytes(stage[4:_OUTLINED_BYTES])
-        operator = _first(head)
-        names += [operator, _first(head[len(operator) + 1 + 4 :]) if operator[:1] == _DOCUMENT else b""]
+    names: list[bytes] = []
+    with contextlib.suppress(bson.InvalidBSONError):
+        for stage in islice(bson.split_array(frame, start, end), _OUTLINED_STAGES):
+            head = bytes(stage[4:_OUTLINED_BYTES])
+            operator = _first(head)
+            names += [operator, _first(head[len(operator) + 1 + 4 :]) if operator[:1] == _DOCUMENT else b""]
     return names
 
 

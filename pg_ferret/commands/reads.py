@@ -51,9 +51,8 @@ class _Find(NamedTuple):
     db: bytes
     namespace: Namespace
     body: slice | None  # `as_it_came`
-    filter: bson.Span
-    alone: bool  # there is none, so it must have a connection of its own
-    point: bool  # otherwise: it neither sorts nor skips, nor does it ask for small pages, a hint or a collation
+    filter: bson.Span  # without one it must have a connection of its own
+    point: bool  # with one: it neither sorts nor skips, nor does it ask for small pages, a hint or a collation
     whole: bool  # its result is one page
     limit: bson.Span
     sized: tuple[bytes, ...]  # the fields that say how much it reads, beside the filter
@@ -69,7 +68,7 @@ async def find(request: Request, client: Client) -> bytes:
         # A flag that is a number may be another one in the next request of the shape.
         if memo is not None and all(request.fields[name][0] == bson.BOOL for name in _FLAGS & request.fields.keys()):
             memo["find"] = known
-    db, named, place, (_, start, end), alone, point, whole, limit, sized, values = known
+    db, named, place, (kind, start, end), point, whole, limit, sized, values = known
     namespace = named.read(request)
     frame = request.frame
     body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
@@ -77,7 +76,7 @@ async def find(request: Request, client: Client) -> bytes:
     engine = services.engine
     # What finds one document at most opens a cursor only from a view that has many of the same _id.
     single = point and (whole or by_id(frame, start) or bson.read_int(frame, limit) == 1)
-    if not single and (alone or not engine.pages.crowded(services.counters.in_flight - 1)):
+    if not single and (kind != bson.DOCUMENT or not engine.pages.crowded(services.counters.in_flight - 1)):
         return _page(await engine.call(calls.FIND, (db, body)), namespace, request, client)
     # Of about the same cost: the same first condition by name and type, about the same length.
     first = start + 4  # its type; in an empty filter the NUL at the end
@@ -99,17 +98,15 @@ def _look_at(request: Request) -> _Find:
             raise CommandError(115, f"find with {name.decode()} is not supported")
     db = database(request)
     filtered = fields.get(b"filter", bson.MISSING)
-    alone = filtered[0] != bson.DOCUMENT
     whole = request.true(b"singleBatch")
     sized = {name: fields[name] for name in _OF_A_PAGE if name in fields}
-    point = not alone and (sized.keys() <= {b"limit"} or (whole and sized.keys() <= {b"limit", b"batchSize"}))
+    plain = sized.keys() <= {b"limit"} or (whole and sized.keys() <= {b"limit", b"batchSize"})
     return _Find(
         db,
         Namespace.of(request),
         as_it_came(request),
         filtered,
-        alone,
-        point,
+        plain and filtered[0] == bson.DOCUMENT,
         whole,
         fields.get(b"limit", bson.MISSING),
         tuple(sized),

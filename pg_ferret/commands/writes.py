@@ -31,7 +31,7 @@ _STATEMENT_HEAD_BYTES = 16
 # Of an array: its first item, a document.
 _FIRST_ITEM = b"\x030\0"
 # With it there may be several documents of the same _id.
-_NOT_ALONE = frozenset((b"collation",))
+_COLLATION = b"collation"
 
 
 @command("insert", help="Inserts documents.")
@@ -64,7 +64,7 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     known: _Write | None = None if memo is None else memo.get("write")
     if known is None:
         fields = request.fields
-        named = Namespace.of(request) if _NOT_ALONE.isdisjoint(fields) else None
+        named = Namespace.of(request) if _COLLATION not in fields else None
         known = _Write(database(request), as_it_came(request), named)
         if memo is not None:
             memo["write"] = known
@@ -127,7 +127,7 @@ def _find_and_modify(params: tuple[bytes, bytes | memoryview], request: Request,
     engine = client.services.engine
     fields, frame = request.fields, request.frame
     kind, start, _ = fields.get(b"query", bson.MISSING)
-    if kind == bson.DOCUMENT and by_id(frame, start) and len(frame) <= _SMALL_BYTES and _NOT_ALONE.isdisjoint(fields):
+    if kind == bson.DOCUMENT and by_id(frame, start) and len(frame) <= _SMALL_BYTES and _COLLATION not in fields:
         namespace = params[0] + b"." + collection(request)
         write = Shared(calls.FIND_AND_MODIFY, (*params, calls.TRUE), namespace, hash((b"findAndModify", namespace)))
         return engine.writes.share(write)

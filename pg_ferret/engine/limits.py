@@ -62,9 +62,9 @@ def conninfo(config: Config) -> str:
         "log_error_verbosity": "terse",
         # What a DBA set for people at a prompt is not meant for a pool.
         "statement_timeout": "0",
+        "idle_session_timeout": "0",
         # The engine's updates and deletes need custom plans where they match a filter: in a generic one none matches.
         "plan_cache_mode": "auto",
-        "idle_session_timeout": "0",
     }
     # Backslash and blank are the two characters that libpq's options must escape.
     escaped = {name: value.replace("\\", "\\\\").replace(" ", "\\ ") for name, value in options.items()}

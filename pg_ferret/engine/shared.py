@@ -220,11 +220,9 @@ class SharedLine(Line):
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
             self._preparing.pop(0)
         sqlstate = error.sqlstate if isinstance(error, EngineError) else ""
-        if sqlstate == UNPREPARED:
-            self._elsewhere(read, waiter)
-            return
-        self._costs.keep_away(read.shape, self._loop.time())  # whoever sends such reads again is not to hold others up
-        if sqlstate == CANCELLED:  # by the time limit of this read, or of the one before, which ended at that moment
+        if sqlstate != UNPREPARED:  # whoever sends such reads again is not to hold others up
+            self._costs.keep_away(read.shape, self._loop.time())
+        if sqlstate in (UNPREPARED, CANCELLED):
             self._elsewhere(read, waiter)
         elif not waiter.done():
             waiter.set_exception(error)
@@ -298,7 +296,7 @@ class SharedLine(Line):
 
 
 class Reads(Lines[SharedLine]):
-    """The connections that reads share: results are a document and, if it is a page and goes on, the continuation."""
+    """The connections that reads share: results are a document and, of a page that goes on, its cursor."""
 
     __slots__ = ("_free", "_measured", "_only", "_others")
 

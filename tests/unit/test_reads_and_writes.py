@@ -184,10 +184,6 @@ def test_a_read_that_may_leave_a_cursor_shares_in_a_crowd_only(command: Document
         assert (len(engine.paged), len(engine.apart)) == (crowd, not crowd)
 
 
-def outlined(stages: list[Document], crowd: bool = True, **more: object) -> Engine:
-    return run({"aggregate": "c", "pipeline": stages, "cursor": {}} | more, crowd=crowd)
-
-
 @pytest.mark.parametrize("crowd", [False, True])
 @pytest.mark.parametrize(
     "command",
@@ -198,6 +194,11 @@ def outlined(stages: list[Document], crowd: bool = True, **more: object) -> Engi
         {"count": "c"},
         {"distinct": "c", "key": "a", "query": {"b": 1}},
         {"distinct": "c", "key": "a"},
+        # What is wrong with these the engine says.
+        {"aggregate": "c", "pipeline": [1], "cursor": {}},
+        {"aggregate": "c", "pipeline": [{"$match": {"a": 1}}, 1], "cursor": {}},
+        {"aggregate": "c", "pipeline": "x", "cursor": {}},
+        {"count": "c", "query": [1]},
     ],
 )
 def test_other_reads_share_in_a_crowd_only(command: Document, crowd: bool) -> None:
@@ -208,7 +209,7 @@ def test_other_reads_share_in_a_crowd_only(command: Document, crowd: bool) -> No
 
 @pytest.mark.parametrize("stage", [{"$out": "d"}, {"$merge": {"into": "d"}}])
 def test_an_aggregation_that_writes_is_made_apart(stage: Document) -> None:
-    engine = outlined([{"$match": {"a": 1}}, stage])
+    engine = run({"aggregate": "c", "pipeline": [{"$match": {"a": 1}}, stage], "cursor": {}}, crowd=True)
     assert engine.apart
     assert not engine.paged
 
