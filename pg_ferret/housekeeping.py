@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from pg_ferret.commands.cursors import end, id_array
+from pg_ferret.commands.cursors import end
 from pg_ferret.engine import calls
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
 from pg_ferret.state.client import Services
@@ -93,5 +93,5 @@ class Housekeeper:
         (found,) = await services.engine.call(calls.IDLE_CURSOR_FILES, (idle,))
         orphans = [number for number in map(int, (found or b"").split()) if not services.cursors.known(number)]
         if orphans:
-            await services.engine.call(calls.DELETE_CURSORS, (id_array(orphans),))
+            await services.engine.call(calls.DELETE_CURSORS, (calls.id_array(orphans),))
             _log.debug("cursor files without a cursor removed", files=len(orphans))

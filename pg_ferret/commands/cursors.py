@@ -133,7 +133,7 @@ async def end(cursor_ids: list[int], services: Services) -> list[int]:
     """Forget cursors and have the engine delete what it keeps of them; returns those that were known."""
     gone = services.cursors.remove(cursor_ids)
     if gone:
-        await services.engine.call(calls.DELETE_CURSORS, (id_array(gone),))
+        await services.engine.call(calls.DELETE_CURSORS, (calls.id_array(gone),))
     return gone
 
 
@@ -178,11 +178,6 @@ def _bereave(cursor_ids: list[int], services: Services) -> asyncio.Task[None]:
     _bereaving.add(task)  # the loop alone would forget it
     task.add_done_callback(_bereaving.discard)
     return task
-
-
-def id_array(cursor_ids: list[int]) -> bytes:
-    """Cursor ids as PostgreSQL's bigint[]."""
-    return b"{%s}" % ",".join(map(str, cursor_ids)).encode()
 
 
 def _ids(name: bytes, values: list[int]) -> bytes:

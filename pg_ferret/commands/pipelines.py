@@ -17,7 +17,7 @@ _MOST_STAGES = 1000
 # So many stages, and so many bytes of each, tell about what it costs.
 _OUTLINED_STAGES = 16
 _OUTLINED_BYTES = 64
-_DOCUMENT = bytes((bson.DOCUMENT,))
+_MATCH = bytes((bson.DOCUMENT,)) + b"$match"
 
 
 def may_write(request: Request) -> bool:
@@ -26,9 +26,10 @@ def may_write(request: Request) -> bool:
 
 
 def outline(frame: bytes, span: bson.Span) -> list[bytes]:
-    """Type and name of the first condition of a filter, or of each stage of a pipeline and its first field.
+    """Type and name of the first condition of a filter, or the beginning of each stage of a pipeline.
 
-    Only as far as that can be made out: the engine judges pipelines.
+    Of a stage that matches it is the same as of a filter: what is looked for is another value each time.  Only as far
+    as that can be made out: the engine judges pipelines.
     """
     kind, start, end = span
     if kind != bson.ARRAY:
@@ -38,7 +39,7 @@ def outline(frame: bytes, span: bson.Span) -> list[bytes]:
         for stage in islice(bson.split_array(frame, start, end), _OUTLINED_STAGES):
             head = bytes(stage[4:_OUTLINED_BYTES])
             operator = _first(head)
-            names += [operator, _first(head[len(operator) + 1 + 4 :]) if operator[:1] == _DOCUMENT else b""]
+            names.append(operator + _first(head[len(operator) + 1 + 4 :]) if operator == _MATCH else head)
     return names
 
 

@@ -41,6 +41,11 @@ def streams(continuation: bytes) -> bool:
     return continuation[_KEEPS_AT : _KEEPS_AT + len(_KEEPS_NOTHING)] == _KEEPS_NOTHING
 
 
+def id_array(cursor_ids: list[int]) -> bytes:
+    """Cursor ids as PostgreSQL's bigint[]."""
+    return b"{%s}" % ",".join(map(str, cursor_ids)).encode()
+
+
 def _call(name: str, sql: str, formats: tuple[int, ...], *, writes: bool = False) -> Call:
     return Call(name.encode(), sql.encode(), formats, writes)
 

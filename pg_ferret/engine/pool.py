@@ -8,6 +8,7 @@ free waits in line, for at most ``ferretdb.query_wait_timeout``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -20,7 +21,7 @@ import psycopg_pool
 import structlog
 
 from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call
+from pg_ferret.engine.calls import DELETE_CURSORS, FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call, id_array
 from pg_ferret.engine.commits import Commits, Committed, unknown
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
@@ -106,7 +107,7 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._commits = Commits(self._loop, self._flush_elsewhere)
         costs, shapes = Costs(), Shapes()
-        owner = Owner(self._elsewhere, self._line_ended, self._line_stalled)
+        owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
 
         make_line = partial(SharedLine, loop=self._loop, costs=costs, owner=owner)
         self._costs = costs
@@ -375,6 +376,13 @@ class Pool:
             self._all.add(backend)
             command = "getMore" if request.call is GET_MORE else request.call.name.decode()
             self._spawn(self._recover(backend, f"{command} {request.namespace.decode('utf-8', 'replace')}"))
+
+    def _unclaimed(self, cursor_id: bytes) -> None:
+        self._spawn(self._delete_cursor(int.from_bytes(cursor_id, "big")))
+
+    async def _delete_cursor(self, cursor_id: int) -> None:
+        with contextlib.suppress(CommandError, EngineError, EngineLostError):  # else the housekeeper finds its file
+            await self.call(DELETE_CURSORS, (id_array([cursor_id]),))
 
     def _elsewhere(self, request: Shared, waiter: asyncio.Future[Row]) -> None:
         task = self._spawn(self._again(request, waiter))

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 from psycopg import pq
 
-from pg_ferret.engine.calls import GET_MORE
+from pg_ferret.engine.calls import FIND, GET_MORE, streams
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import (
     COMMAND_OK,
@@ -132,9 +132,15 @@ class SharedLine(Line):
         return not batches or (self._pace <= _SLOW_PACE_SECONDS and self._loop.time() <= self._late)
 
     def may_take(self, read: Shared) -> bool:
-        """Whether a read may join if there is no other way, though we are late, or it may be slow."""
+        """Whether a read may join if there is no other way, though we are late, or it may be slow.
+
+        An aggregation, a count or a distinct of which nothing is known may take any time: it waits for a connection.
+        """
         full = len(self._filling) + len(self._batches) >= _MOST_WAITING
-        return not (self._leaving or full or self._costs.slow(read.shape))
+        if self._leaving or full:
+            return False
+        costs, shape = self._costs, read.shape
+        return costs.cheap(shape) or (read.call in (FIND, GET_MORE) and not costs.slow(shape))
 
     @property
     def waiting(self) -> int:
@@ -198,7 +204,10 @@ class SharedLine(Line):
                     self._costs.keep_away(read.shape, self._loop.time())
                     self._elsewhere(read, waiter)
                     return
-                row = (page, following, get(0, 2))
+                cursor_id = get(0, 2)
+                row = (page, following, cursor_id)
+                if cursor_id is not None and waiter.done() and not streams(following):
+                    self._owner.unclaimed(cursor_id)
             if not waiter.done():
                 waiter.set_result(row)
         elif status == PIPELINE_SYNC:

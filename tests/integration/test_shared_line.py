@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -179,7 +179,7 @@ async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> Non
         assert found(await (await shared(pool, 5))) == 5
 
 
-async def test_a_time_limit_is_that_of_its_read_alone(cluster: Cluster, make_pool: MakePool) -> None:
+async def test_a_time_limit_that_passes_in_line_refuses_its_read_only(cluster: Cluster, make_pool: MakePool) -> None:
     async with make_pool(6) as pool, locked(cluster):
         await ready(pool)
         limited = pool.finds.share(find(1, "d", maxTimeMS=30))
@@ -304,6 +304,26 @@ async def test_a_page_in_a_line_may_open_a_cursor(make_pool: MakePool, command: 
             getmore = {"getMore": Int64(int.from_bytes(cursor_id, "big")), "collection": "c", "$db": "line"}
             got += rest(await pool.call(calls.GET_MORE, (b"line", encode(getmore), continuation)))
             assert sorted(got) == list(range(1 if "skip" in command else 0, 10))
+
+
+async def test_a_cursor_for_one_who_has_gone_leaves_no_file(cluster: Cluster, make_pool: MakePool) -> None:
+    command = {"find": "c", "filter": {}, "batchSize": 4, "sort": {"s": 1}, "$db": "line"}
+    sorting = Shared(calls.FIND, (b"line", encode(command)), b"line.c", _PAGE)
+
+    def files() -> Sequence[object]:
+        return cluster.psql("select pg_ls_dir('pg_documentdb_cursor_files', true, false) order by 1")
+
+    async with make_pool(12) as pool, asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            before = files()
+            readers = [pool.pages.share(sorting) for _ in range(5)]
+            if all(map(asyncio.isfuture, readers)):
+                break
+            await asyncio.gather(*readers)
+        for reader in readers:
+            asyncio.ensure_future(reader).cancel()
+        await wait_until(lambda: not pool.pages.busy)
+        await wait_until(lambda: files() == before)
 
 
 @pytest.mark.usefixtures("make_pool")  # the collections

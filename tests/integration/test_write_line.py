@@ -115,7 +115,7 @@ async def test_who_waits_for_a_row_waits_apart(
     assert client.line.w.find_one(1) == {"_id": 1, "n": 1}
 
 
-async def test_a_time_limit_is_that_of_its_write_alone(cluster: Cluster, make_pool: MakePool) -> None:
+async def test_a_time_limit_that_passes_in_line_refuses_its_write_only(cluster: Cluster, make_pool: MakePool) -> None:
     async with make_pool(20) as pool:
         await lines(pool)
         (line, *_) = pool.writes.all

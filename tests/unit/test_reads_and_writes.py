@@ -220,7 +220,7 @@ def test_other_reads_of_about_the_same_cost_have_the_same_shape() -> None:
         return read.shape
 
     matched: Document = {"aggregate": "c", "pipeline": [{"$match": {"a": 1}}, {"$limit": 5}], "cursor": {}}
-    same = matched | {"pipeline": [{"$match": {"a": 2}}, {"$limit": 6}], "maxTimeMS": 5}
+    same = matched | {"pipeline": [{"$match": {"a": 2}}, {"$limit": 5}], "maxTimeMS": 5}
     assert shape(matched) == shape(same)
     counted: Document = {"count": "c", "query": {"a": 1}}
     assert shape(counted) == shape(counted | {"query": {"a": 2}})
@@ -228,6 +228,9 @@ def test_other_reads_of_about_the_same_cost_have_the_same_shape() -> None:
         matched,
         matched | {"aggregate": "d"},
         matched | {"pipeline": [{"$match": {"b": 1}}, {"$limit": 5}]},
+        matched | {"pipeline": [{"$match": {"a": 1}}, {"$limit": 6}]},
+        matched | {"pipeline": [{"$match": {"a": 1}}, {"$lookup": {"from": "d", "pipeline": [], "as": "x"}}]},
+        matched | {"pipeline": [{"$match": {"a": 1}}, {"$lookup": {"from": "e", "pipeline": [], "as": "x"}}]},
         matched | {"pipeline": [{"$match": {"a": 1.0}}, {"$limit": 5}]},
         matched | {"pipeline": [{"$match": {"a": 1}}, {"$sort": {"a": 1}}]},
         matched | {"pipeline": [{"$match": {"a": 1}}, {"$sort": {"b": 1}}]},

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, cast
 
 import pytest
+from bson import Int64, encode
 
 from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
@@ -25,8 +26,12 @@ class Stage:
         self.server = Server()
         self.elsewhere: list[Shared] = []
         self.stalled: list[Shared] = []
+        self.unclaimed: list[bytes] = []
         owner = Owner(
-            lambda read, _: self.elsewhere.append(read), lambda _: None, lambda _, read: self.stalled.append(read)
+            lambda read, _: self.elsewhere.append(read),
+            lambda _: None,
+            lambda _, read: self.stalled.append(read),
+            self.unclaimed.append,
         )
         self.costs = costs = Costs()
         for shape in (_SHAPE, _OTHER_SHAPE):
@@ -139,8 +144,12 @@ def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
     stage.loop.run(STALL_SECONDS * 0.9)  # late
     assert asyncio.isfuture(lines.share(stage.reads[0]))
     assert asyncio.isfuture(lines.share(unknown))
-    asyncio.run(cast(Any, lines.share(slow)))
-    assert measured == [slow]
+    aggregation = unknown._replace(call=AGGREGATE)
+    for read in (slow, aggregation):
+        asyncio.run(cast(Any, lines.share(read)))
+    assert measured == [slow, aggregation]
+    stage.costs.note(aggregation.shape, 0.0, 0.0)
+    assert asyncio.isfuture(lines.share(aggregation))
 
 
 def test_reads_of_one_turn_are_one_transaction(stage: Stage) -> None:
@@ -157,6 +166,17 @@ def test_pages_are_transactions_of_their_own_and_may_open_cursors(call: Call) ->
     assert isinstance(stage.waiters[1].exception(), EngineError)
     assert stage.waiters[2].result() == (b"page", None)
     assert (stage.elsewhere, stage.line.waiting) == ([], 1)
+
+
+def test_a_cursor_for_one_who_has_gone_is_unclaimed_if_the_engine_keeps_a_file() -> None:
+    stage = Stage(FIND, together=False)
+    stage.waiters[0].cancel()
+    stage.waiters[1].cancel()
+    kept, position = (encode({"qi": Int64(1), "qp": keeps}) for keeps in (True, False))
+    for continuation in (kept, position, kept):
+        stage.server.give(stage.line, row(b"page", continuation, b"id"), sync())
+    assert stage.unclaimed == [b"id"]
+    assert stage.waiters[2].result() == (b"page", kept, b"id")
 
 
 def test_a_line_prepares_each_statement_once() -> None:

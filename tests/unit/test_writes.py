@@ -40,7 +40,10 @@ class Stage:
         self.ended = 0
         self.stalled: list[Shared] = []
         owner = Owner(
-            lambda write, _: self.elsewhere.append(write), self._end, lambda _, write: self.stalled.append(write)
+            lambda write, _: self.elsewhere.append(write),
+            self._end,
+            lambda _, write: self.stalled.append(write),
+            lambda _: None,
         )
         self.line = WriteLine(
             cast(Any, self.server),
