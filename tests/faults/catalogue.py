@@ -76,14 +76,20 @@ def worker_stopped(stage: Stage) -> None:
 )  # fmt: skip
 def worker_stuck(stage: Stage) -> None:
     slot, pid = stage.some_worker()
-    with tempfile.NamedTemporaryFile("w", suffix=".py", dir="/tmp") as script:
-        script.write("import hashlib\nhashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n")
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script, tempfile.NamedTemporaryFile() as begun:
+        script.write(
+            f"import hashlib\n"
+            f"with open({begun.name!r}, 'a') as begun: begun.write('yes')\n"
+            f"hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+        )
         script.flush()
         os.chmod(script.name, 0o644)
+        os.chmod(begun.name, 0o666)
         sys.remote_exec(pid, script.name)  # type: ignore[attr-defined,unused-ignore]
+        stage.until(lambda: Path(begun.name).stat().st_size, "the script runs in the worker")
         stage.recovers(lambda: _replaced(stage, slot, pid), "the worker is replaced")
     # The script that holds the loop has no name of its own.
-    stage.check('File "<string>", line 2 in <module>' in stage.cluster.log, "no stack in the log")
+    stage.check('File "<string>", line 3 in <module>' in stage.cluster.log, "no stack in the log")
 
 
 @fault("supervisor killed (SIGKILL)", "workers gone < 1 s, serving < 2 s", within=2.0, failures=AWAY)

@@ -24,6 +24,8 @@ _PSS_FACTOR = 1.2
 _PSS_SLACK = 6 << 20
 _DESCRIPTORS_SLACK = 4
 _SETTLE_SECONDS = 15.0
+# What the log said last belongs to a fault that does not end.
+_LOG_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def _run(item: Fault, rounds: int, stage: Stage, started: float) -> Result:
             item.inject(stage)
             _undisturbed(CALM_SECONDS)
     except (Missed, ClusterError) as error:
-        stage.problems.append(str(error))
+        told = stage.cluster.log.splitlines()[-_LOG_LINES:]
+        stage.problems.append(" | ".join([str(error), *told]))
     finally:
         load.stop()
     return _account(item, rounds, stage, before, started)
