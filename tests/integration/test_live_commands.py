@@ -287,12 +287,42 @@ def test_what_clients_store_keeps_no_reply_from_others(client: MongoClient[Docum
 
 
 @pytest.mark.parametrize(
-    "command", [{"drop": "c\0x"}, {"collStats": "c\0x"}, {"dataSize": "d.c\0x"}, {"count": "x" * 256}]
+    "command",
+    [
+        {"drop": "c\0x"},
+        {"collStats": "c\0x"},
+        {"dataSize": "d.c\0x"},
+        {"count": "x" * 256},
+        {"count": "c\0x"},
+        {"count": ""},
+        {"distinct": "c\0x", "key": "_id"},
+        {"distinct": 1, "key": "_id"},
+        {"aggregate": "", "pipeline": [], "cursor": {}},
+    ],
 )
 def test_names_that_mean_another_collection_are_refused(database: Database[Document], command: Document) -> None:
     database.c.insert_one({})
     assert code_of(database, command) == 73
     assert database.c.count_documents({}) == 1
+
+
+# It looks at every character.
+_SLOW = {"s": {"$regex": "x.*y"}}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"find": "c", "filter": _SLOW},
+        {"count": "c", "query": _SLOW},
+        {"distinct": "c", "key": "_id", "query": _SLOW},
+        {"aggregate": "c", "pipeline": [{"$match": _SLOW}], "cursor": {}},
+    ],
+)
+def test_a_time_limit_ends_reads_of_every_kind(database: Database[Document], command: Document) -> None:
+    database.c.insert_many([{"_id": number, "s": "x" * 1000} for number in range(10_000)])
+    assert database.command(command)["ok"] == 1.0
+    assert code_of(database, command | {"maxTimeMS": 1}) == 50
 
 
 def test_requests_of_one_shape_keep_their_collections_apart(database: Database[Document]) -> None:
