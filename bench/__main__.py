@@ -87,7 +87,7 @@ def _line(sample: Sample) -> str:
 
 
 def idle_memory(target: Target, clients: int, rest: float) -> dict[str, object]:
-    """PSS of a target now, and with so many more clients that do nothing; each time after ``rest`` seconds."""
+    """PSS of a target now, with so many more clients that do nothing, and without them; after ``rest`` seconds each."""
     time.sleep(rest)
     before = target.memory()
     load = target.load(Point("idle", clients), 0)
@@ -97,12 +97,18 @@ def idle_memory(target: Target, clients: int, rest: float) -> dict[str, object]:
     if load.ready:
         load.run()
     load.close()
-    say(f"{target.name}: {before[0] / 1e6:.1f} MB, {after[0] / 1e6:.1f} MB with {clients:,} idle clients {error}")
+    time.sleep(rest)
+    gone = target.memory()
+    say(
+        f"{target.name}: {before[0] / 1e6:.1f} MB, {after[0] / 1e6:.1f} MB with {clients:,} idle clients"
+        f" {error}, {gone[0] / 1e6:.1f} MB when they have gone"
+    )
     return {
         "target": target.name,
         "clients": clients,
         "gateway_before": before[0],
         "gateway": after[0],
+        "gateway_gone": gone[0],
         "postgres": after[1],
         "error": error,
     }

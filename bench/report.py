@@ -241,9 +241,11 @@ def _goals(run: dict[str, Any]) -> list[str]:
             goal(f"{TITLES[op]}, {clients} clients: p99", 1.0, ratio.p99)
     fresh = {name: figures[0] for name, figures in run["fresh_memory"].items() if run["idle"]}
     idle = {sample["target"]: sample["gateway"] for sample in run["idle"] if not sample["error"]}
-    for name, memory in (("memory, just started", fresh), ("memory with idle clients", idle)):
+    gone = {sample["target"]: sample["gateway_gone"] for sample in run["idle"] if not sample["error"]}
+    states = {"just started": fresh, "with idle clients": idle, "with none, when these have gone": gone}
+    for name, memory in states.items():
         if memory.get("FerretDB") and memory.get("pg_ferret"):
-            goal(name, _GOAL_MEMORY, memory["pg_ferret"] / memory["FerretDB"])
+            goal(f"memory, {name}", _GOAL_MEMORY, memory["pg_ferret"] / memory["FerretDB"])
     for op, way in _BESIDE.items():
         if slowdown := _slowdowns(run, op).get("pg_ferret"):
             name = f"(pg_ferret alone) point reads, {way}: p99 beside an aggregation by that without"
@@ -278,15 +280,23 @@ def _memory(run: dict[str, Any]) -> list[str]:
         "",
         "Memory (PSS of the gateway; for pg_ferret the supervisor and all workers):",
         "",
-        "| target | just started | with idle clients | kB for each of them | after all of the above |",
-        "|---|--:|--:|--:|--:|",
+        "| target | just started | with idle clients | kB for each | when they have gone | after all of the above |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for idle in run["idle"]:
         name = idle["target"]
-        fresh, loaded = run["fresh_memory"][name][0], run["loaded_memory"][name][0]
+        count = f"with {idle['clients']:,}" if not idle["error"] else idle["error"]
         each = (idle["gateway"] - idle["gateway_before"]) / idle["clients"] / 1000
-        count = f"{idle['gateway'] / 1e6:.0f} MB with {idle['clients']:,}" if not idle["error"] else idle["error"]
-        lines.append(f"| {name} | {fresh / 1e6:.0f} MB | {count} | {each:.1f} | {loaded / 1e6:.0f} MB |")
+        fresh, busy, gone, loaded = (
+            f"{memory / 1e6:.0f} MB"
+            for memory in (
+                run["fresh_memory"][name][0],
+                idle["gateway"],
+                idle["gateway_gone"],
+                run["loaded_memory"][name][0],
+            )
+        )
+        lines.append(f"| {name} | {fresh} | {busy} {count} | {each:.1f} | {gone} | {loaded} |")
     return lines
 
 
