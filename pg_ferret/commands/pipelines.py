@@ -18,6 +18,7 @@ _MOST_STAGES = 1000
 _OUTLINED_STAGES = 16
 _OUTLINED_BYTES = 64
 _MATCH = bytes((bson.DOCUMENT,)) + b"$match"
+_SKIP = b"$skip"
 
 
 def may_write(request: Request) -> bool:
@@ -28,8 +29,8 @@ def may_write(request: Request) -> bool:
 def outline(frame: bytes, span: bson.Span) -> list[bytes]:
     """Type and name of the first condition of a filter, or the beginning of each stage of a pipeline.
 
-    Of a stage that matches it is the same as of a filter: what is looked for is another value each time.  Only as far
-    as that can be made out: the engine judges pipelines.
+    Of a stage that matches it is the same as of a filter, and how much is skipped does not count: these values are
+    others each time.  Only as far as that can be made out: the engine judges pipelines.
     """
     kind, start, end = span
     if kind != bson.ARRAY:
@@ -39,7 +40,10 @@ def outline(frame: bytes, span: bson.Span) -> list[bytes]:
         for stage in islice(bson.split_array(frame, start, end), _OUTLINED_STAGES):
             head = bytes(stage[4:_OUTLINED_BYTES])
             operator = _first(head)
-            names.append(operator + _first(head[len(operator) + 1 + 4 :]) if operator == _MATCH else head)
+            if operator == _MATCH:
+                names += operator, _first(head[len(operator) + 1 + 4 :])
+            else:
+                names.append(operator if operator[1:] == _SKIP else head)
     return names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import psycopg
 from psycopg import pq
@@ -26,36 +27,36 @@ from pg_ferret.errors import EngineError, EngineLostError
 _CANCEL_SECONDS = 5.0
 
 
+class Lender(NamedTuple):
+    """What the pool does for a connection that it has leased."""
+
+    released: Callable[[Backend], None]  # a call is over
+    ended: Callable[[Backend], None]  # the server has closed the connection; called once
+    committed: Callable[[asyncio.Future[Row], Row], None]  # who waits, and the result of a write committed unflushed
+    unclaimed: Callable[[Call, Row], None]  # a result for which nobody waits any more
+
+
 class Backend(Pipeline):
     """A leased connection.  `execute` is the hot path; everything else is life and death."""
 
     __slots__ = (
+        "_call",
         "_committed",
         "_ended",
         "_error",
         "_row",
+        "_unclaimed",
         "_waiter",
-        "_writes",
         "held",
         "released",
     )
 
-    def __init__(
-        self,
-        conn: Session,
-        loop: asyncio.AbstractEventLoop,
-        released: Callable[[Backend], None],
-        ended: Callable[[Backend], None],
-        committed: Callable[[asyncio.Future[Row], Row], None],
-    ) -> None:
-        """``released`` is called when a call is over, ``ended`` once, when the server has closed the connection.
-
-        ``committed`` gets who waits and the result when a write has been committed without a flush.
-        """
-        self.released = released
-        self._ended = ended
-        self._committed = committed
-        self._writes = False  # whether the call does
+    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, lender: Lender) -> None:
+        self.released = lender.released
+        self._ended = lender.ended
+        self._committed = lender.committed
+        self._unclaimed = lender.unclaimed
+        self._call: Call | None = None  # the one that is under way, or was the last
         self.held = False  # a cancel request is on its way: nobody else may have the connection before it has arrived
         self._row: Row | None = None
         self._error: Exception | None = None
@@ -76,7 +77,7 @@ class Backend(Pipeline):
         if waiter is None:
             waiter = self._loop.create_future()
         self._waiter = waiter
-        self._writes = call.writes
+        self._call = call
         if self.lost:
             self._fail()
             return waiter
@@ -132,18 +133,22 @@ class Backend(Pipeline):
         waiter, self._waiter = self._waiter, None
         row, self._row = self._row, None
         error, self._error = self._error, None
-        writes = self._writes  # before somebody else is given the connection
+        call = self._call  # before somebody else is given the connection
         if self._preparing:  # what an error kept from being prepared
             self._preparing.clear()
         if not self.lost and not self.held:
             self.released(self)
         if waiter is None or waiter.done():
+            if row and call is not None:
+                self._unclaimed(call, row)
             return
         if error is not None:
             waiter.set_exception(error)
         elif row is None:
             waiter.set_result(())
-        elif writes and row[-1] is not None and not self.held:  # a cancelled one has no client
+        elif (
+            call is not None and call.writes and row[-1] is not None and not self.held
+        ):  # a cancelled one has no client
             self._committed(waiter, row)
         else:
             waiter.set_result(row)
@@ -204,7 +209,8 @@ class Backend(Pipeline):
         await asyncio.wait([ended], timeout=_CANCEL_SECONDS)
         self.held = False
         if ended.done():
-            ended.exception()  # seen
+            if ended.exception() is None and self._call is not None:
+                self._unclaimed(self._call, ended.result())
             if not self.lost:
                 self.released(self)
         return ended.done()

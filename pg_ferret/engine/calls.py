@@ -31,6 +31,7 @@ class Call(NamedTuple):
     sql: bytes
     formats: tuple[int, ...]
     writes: bool = False  # the last parameter: whether to commit unflushed; the last column: whether that was done
+    opens: bool = False  # a cursor, if there is a second column, a continuation; the third is its id
 
 
 def streams(continuation: bytes) -> bool:
@@ -46,8 +47,8 @@ def id_array(cursor_ids: list[int]) -> bytes:
     return b"{%s}" % ",".join(map(str, cursor_ids)).encode()
 
 
-def _call(name: str, sql: str, formats: tuple[int, ...], *, writes: bool = False) -> Call:
-    return Call(name.encode(), sql.encode(), formats, writes)
+def _call(name: str, sql: str, formats: tuple[int, ...], *, writes: bool = False, opens: bool = False) -> Call:
+    return Call(name.encode(), sql.encode(), formats, writes, opens)
 
 
 # What clients send goes through these (extension/bson_check.c): the engine trusts documents, stores malformed ones as
@@ -56,8 +57,8 @@ _SPEC = "ferretdb.checked_bson($2)"
 _FIRST_PAGE = f"SELECT cursorpage, continuation, cursorid FROM documentdb_api.{{}}_cursor_first_page($1, {_SPEC})"
 
 # (db, spec) -> page, continuation or NULL, cursor id (53 bits of pg_strong_random)
-FIND = _call("find", _FIRST_PAGE.format("find"), _DB_BSON)
-AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate"), _DB_BSON)
+FIND = _call("find", _FIRST_PAGE.format("find"), _DB_BSON, opens=True)
+AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate"), _DB_BSON, opens=True)
 # (db, spec) -> page: these come whole
 LIST_COLLECTIONS = _call(
     "list_collections",

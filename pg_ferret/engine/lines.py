@@ -81,7 +81,7 @@ class Owner(NamedTuple):
     elsewhere: Callable[[Shared, asyncio.Future[Row]], None]  # run a request on a connection of its own
     ended: Callable[[Line], None]  # the line serves no more; called once
     stalled: Callable[[Line, Shared], None]  # instead: it was given up with this request under way
-    unclaimed: Callable[[bytes], None]  # a cursor of which the engine keeps a file was opened for one who has gone
+    unclaimed: Callable[[Call, Row], None]  # nobody waits for this row any more
 
 
 AnyLine = TypeVar("AnyLine", bound=Line)

@@ -20,8 +20,8 @@ import psycopg
 import psycopg_pool
 import structlog
 
-from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import DELETE_CURSORS, FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call, id_array
+from pg_ferret.engine.backend import Backend, Lender
+from pg_ferret.engine.calls import DELETE_CURSORS, FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call, id_array, streams
 from pg_ferret.engine.commits import Commits, Committed, unknown
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
@@ -105,14 +105,19 @@ class Pool:
         self._reachable = True
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._bereft: list[int] = []  # cursors whose clients have gone
         self._commits = Commits(self._loop, self._flush_elsewhere)
-        costs, shapes = Costs(), Shapes()
+        shapes = Shapes()
+        self._lender = Lender(self._release, self._ended, self._commits.add, self._unclaimed)
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
 
-        make_line = partial(SharedLine, loop=self._loop, costs=costs, owner=owner)
-        self._costs = costs
-        self.finds = Reads(partial(make_line, together=True), self._measure, self._has_room)
-        self.pages = Reads(partial(make_line, together=False), self._measure, self._has_room)
+        def reads(*, together: bool) -> Reads:
+            costs = Costs()
+            make = partial(SharedLine, loop=self._loop, costs=costs, owner=owner, together=together)
+            return Reads(make, costs, self._measure, self._has_room)
+
+        self.finds = reads(together=True)
+        self.pages = reads(together=False)
         make = partial(WriteLine, loop=self._loop, shapes=shapes, committed=self._commits.add, owner=owner)
         self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._has_room, self._want))
         self._crowd = False  # whether writes share
@@ -317,9 +322,9 @@ class Pool:
         page = row[0]
         large = page is not None and len(page) > LARGE_BYTES
         if large or (lines is self.finds and row[1] is not None):  # it opens a cursor
-            self._costs.keep_away(read.shape, now)
+            lines.costs.keep_away(read.shape, now)
         else:
-            self._costs.note(read.shape, now - started, now)
+            lines.costs.note(read.shape, now - started, now)
         if lines.due:
             self._want(lines)
         return row
@@ -371,18 +376,27 @@ class Pool:
     def _line_stalled(self, line: Line, request: Shared) -> None:
         """A request on a shared connection goes on and on: it is cancelled there as if its client had gone."""
         if self._remove_line(line):
-            backend = Backend(line.connection, self._loop, self._release, self._ended, self._commits.add)
+            backend = self._backend(line.connection)
             backend.abandon()
             self._all.add(backend)
             command = "getMore" if request.call is GET_MORE else request.call.name.decode()
             self._spawn(self._recover(backend, f"{command} {request.namespace.decode('utf-8', 'replace')}"))
 
-    def _unclaimed(self, cursor_id: bytes) -> None:
-        self._spawn(self._delete_cursor(int.from_bytes(cursor_id, "big")))
+    def _backend(self, connection: Session) -> Backend:
+        return Backend(connection, self._loop, self._lender)
 
-    async def _delete_cursor(self, cursor_id: int) -> None:
-        with contextlib.suppress(CommandError, EngineError, EngineLostError):  # else the housekeeper finds its file
-            await self.call(DELETE_CURSORS, (id_array([cursor_id]),))
+    def _unclaimed(self, call: Call, row: Row) -> None:
+        """Nobody waits for a row any more: if it has opened a cursor, the engine may keep the result in a file."""
+        if self._closed or not call.opens or not row or row[1] is None or row[2] is None or streams(row[1]):
+            return
+        if not self._bereft:
+            self._spawn(self._delete_bereft())
+        self._bereft.append(int.from_bytes(row[2], "big"))
+
+    async def _delete_bereft(self) -> None:
+        taken, self._bereft = self._bereft, []
+        with contextlib.suppress(CommandError, EngineError, EngineLostError):  # else the housekeeper finds the files
+            await self.call(DELETE_CURSORS, (id_array(taken),))
 
     def _elsewhere(self, request: Shared, waiter: asyncio.Future[Row]) -> None:
         task = self._spawn(self._again(request, waiter))
@@ -397,7 +411,9 @@ class Pool:
             if not waiter.done():
                 waiter.set_exception(error)
         else:
-            if not waiter.done():
+            if waiter.done():
+                self._unclaimed(request.call, row)
+            else:
                 waiter.set_result(row)
 
     def abandon(self, request: str) -> None:
@@ -534,7 +550,7 @@ class Pool:
         if not self._reachable:
             self._reachable = True
             _log.info("connected to PostgreSQL again")
-        backend = Backend(connection, self._loop, self._release, self._ended, self._commits.add)
+        backend = self._backend(connection)
         schedule(backend.pid, batch=self._limits.batch)
         self._all.add(backend)
         self._release(backend)

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 from psycopg import pq
 
-from pg_ferret.engine.calls import FIND, GET_MORE, streams
+from pg_ferret.engine.calls import FIND, GET_MORE
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import (
     COMMAND_OK,
@@ -132,7 +132,7 @@ class SharedLine(Line):
         return not batches or (self._pace <= _SLOW_PACE_SECONDS and self._loop.time() <= self._late)
 
     def may_take(self, read: Shared) -> bool:
-        """Whether a read may join if there is no other way, though we are late, or it may be slow.
+        """Whether a read may join if there is no other way, though we are late: one that is cheap, or may be.
 
         An aggregation, a count or a distinct of which nothing is known may take any time: it waits for a connection.
         """
@@ -204,11 +204,10 @@ class SharedLine(Line):
                     self._costs.keep_away(read.shape, self._loop.time())
                     self._elsewhere(read, waiter)
                     return
-                cursor_id = get(0, 2)
-                row = (page, following, cursor_id)
-                if cursor_id is not None and waiter.done() and not streams(following):
-                    self._owner.unclaimed(cursor_id)
-            if not waiter.done():
+                row = (page, following, get(0, 2))
+            if waiter.done():
+                self._owner.unclaimed(read.call, row)
+            else:
                 waiter.set_result(row)
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
@@ -307,11 +306,12 @@ class SharedLine(Line):
 class Reads(Lines[SharedLine]):
     """The connections that reads share: results are a document and, of a page that goes on, its cursor."""
 
-    __slots__ = ("_free", "_measured", "_only", "_others")
+    __slots__ = ("_free", "_measured", "_only", "_others", "costs")
 
     def __init__(
         self,
         make: Callable[[Session], SharedLine],
+        costs: Costs,
         measured: Callable[[Reads, Shared], Awaitable[Row]],
         free: Callable[[], bool],
     ) -> None:
@@ -320,6 +320,7 @@ class Reads(Lines[SharedLine]):
         `free` tells whether there is such a connection, or may be.
         """
         super().__init__(make)
+        self.costs = costs
         self._only: SharedLine | None = None  # there is one, and there will be no other
         self._measured = measured
         self._free = free

@@ -76,7 +76,10 @@ def worker_stopped(stage: Stage) -> None:
 )  # fmt: skip
 def worker_stuck(stage: Stage) -> None:
     slot, pid = stage.some_worker()
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as script, tempfile.NamedTemporaryFile() as begun:
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".py", dir="/tmp") as script,
+        tempfile.NamedTemporaryFile(dir="/tmp") as begun,
+    ):
         script.write(
             f"import hashlib\n"
             f"with open({begun.name!r}, 'a') as begun: begun.write('yes')\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -119,8 +120,8 @@ def _run(item: Fault, rounds: int, stage: Stage, started: float) -> Result:
             item.inject(stage)
             _undisturbed(CALM_SECONDS)
     except (Missed, ClusterError) as error:
-        told = stage.cluster.log.splitlines()[-_LOG_LINES:]
-        stage.problems.append(" | ".join([str(error), *told]))
+        stage.problems.append(str(error))
+        print(*stage.cluster.log.splitlines()[-_LOG_LINES:], sep="\n", file=sys.stderr)
     finally:
         load.stop()
     return _account(item, rounds, stage, before, started)

@@ -206,13 +206,33 @@ async def test_a_document_is_found_by_a_plan_that_is_made_once(new_cluster: NewC
                 planned_once = cluster.log[before:].count("Index Cond: ((shard_key_value = $")
 
 
-async def test_a_filter_beside_the_id_counts_in_a_line(make_pool: MakePool) -> None:
+@pytest.mark.parametrize(
+    "kind", ["update", "update multi", "delete", "delete all", "findAndModify update", "findAndModify remove"]
+)
+async def test_a_filter_beside_the_id_counts_in_a_line(make_pool: MakePool, kind: str) -> None:
+    def write(number: int, where: Document) -> Shared:
+        query = {"_id": number} | where
+        change = {"u": {"$inc": {"n": 1}}, "multi": "multi" in kind}
+        if kind.startswith("find"):
+            done = {"remove": True} if "remove" in kind else {"update": change["u"]}
+            body = encode({"findAndModify": "w", "query": query, "$db": "line"} | done)
+            return Shared(calls.FIND_AND_MODIFY, (b"line", body, calls.TRUE), b"line.w", _SHAPE)
+        name = kind.split(maxsplit=1)[0]
+        call = calls.UPDATE if name == "update" else calls.DELETE
+        statement = encode({"q": query} | (change if name == "update" else {"limit": int("all" not in kind)}))
+        return Shared(call, (b"line", encode({name: "w", "$db": "line"}), statement, calls.TRUE), b"line.w", _SHAPE)
+
+    def hit(row: Row) -> int:
+        assert row[0] is not None
+        reply = decode(row[0])
+        return int(reply["lastErrorObject"]["n"] if kind.startswith("find") else reply["n"])
+
     async with make_pool(20) as pool:
         await lines(pool)
-        for line in pool.writes.all:
-            writes = [line.add(increment(1, {"n": {"$gte": 0}})) for _ in range(40)]
-            writes += [line.add(increment(1, {"n": -1})) for _ in range(40)]
-            assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 40 + [0] * 40
+        (line, *_) = pool.writes.all
+        writes = [line.add(write(number, {"n": -1})) for number in range(40)]
+        writes += [line.add(write(number, {"n": {"$gte": 0}})) for number in range(40)]
+        assert [hit(row) for row in await asyncio.gather(*writes)] == [0] * 40 + [1] * 40
 
 
 def test_a_plan_cache_mode_of_the_server_changes_no_result(new_cluster: NewCluster) -> None:

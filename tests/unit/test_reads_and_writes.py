@@ -222,6 +222,7 @@ def test_other_reads_of_about_the_same_cost_have_the_same_shape() -> None:
     matched: Document = {"aggregate": "c", "pipeline": [{"$match": {"a": 1}}, {"$limit": 5}], "cursor": {}}
     same = matched | {"pipeline": [{"$match": {"a": 2}}, {"$limit": 5}], "maxTimeMS": 5}
     assert shape(matched) == shape(same)
+    assert shape(matched | {"pipeline": [{"$skip": 5}]}) == shape(matched | {"pipeline": [{"$skip": 6}]})
     counted: Document = {"count": "c", "query": {"a": 1}}
     assert shape(counted) == shape(counted | {"query": {"a": 2}})
     others = [

@@ -6,7 +6,6 @@ import asyncio
 from typing import Any, cast
 
 import pytest
-from bson import Int64, encode
 
 from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
@@ -26,12 +25,12 @@ class Stage:
         self.server = Server()
         self.elsewhere: list[Shared] = []
         self.stalled: list[Shared] = []
-        self.unclaimed: list[bytes] = []
+        self.unclaimed: list[Row] = []
         owner = Owner(
             lambda read, _: self.elsewhere.append(read),
             lambda _: None,
             lambda _, read: self.stalled.append(read),
-            self.unclaimed.append,
+            lambda _, row: self.unclaimed.append(row),
         )
         self.costs = costs = Costs()
         for shape in (_SHAPE, _OTHER_SHAPE):
@@ -56,7 +55,7 @@ def reads(stage: Stage, most: int, *, free: bool) -> tuple[Reads, list[Shared]]:
         measured.append(read)
         return ()
 
-    lines = Reads(lambda _: stage.line, measure, lambda: free)
+    lines = Reads(lambda _: stage.line, stage.costs, measure, lambda: free)
     lines.allot(most)
     lines.add(cast(Any, stage.server))
     return lines, measured
@@ -168,15 +167,13 @@ def test_pages_are_transactions_of_their_own_and_may_open_cursors(call: Call) ->
     assert (stage.elsewhere, stage.line.waiting) == ([], 1)
 
 
-def test_a_cursor_for_one_who_has_gone_is_unclaimed_if_the_engine_keeps_a_file() -> None:
+def test_a_page_for_one_who_has_gone_is_unclaimed() -> None:
     stage = Stage(FIND, together=False)
     stage.waiters[0].cancel()
-    stage.waiters[1].cancel()
-    kept, position = (encode({"qi": Int64(1), "qp": keeps}) for keeps in (True, False))
-    for continuation in (kept, position, kept):
-        stage.server.give(stage.line, row(b"page", continuation, b"id"), sync())
-    assert stage.unclaimed == [b"id"]
-    assert stage.waiters[2].result() == (b"page", kept, b"id")
+    for cursor_id in (b"1", b"2"):
+        stage.server.give(stage.line, row(b"page", b"more", cursor_id), sync())
+    assert stage.unclaimed == [(b"page", b"more", b"1")]
+    assert stage.waiters[1].result() == (b"page", b"more", b"2")
 
 
 def test_a_line_prepares_each_statement_once() -> None:

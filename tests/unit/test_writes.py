@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from pg_ferret.engine.backend import Backend
+from pg_ferret.engine.backend import Backend, Lender
 from pg_ferret.engine.calls import FLUSH_COMMITS, INSERT, SET_UP_WRITES, TRUE, Call
 from pg_ferret.engine.commits import Commits, Committed, unknown
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
@@ -43,7 +43,7 @@ class Stage:
             lambda write, _: self.elsewhere.append(write),
             self._end,
             lambda _, write: self.stalled.append(write),
-            lambda _: None,
+            lambda _, __: None,
         )
         self.line = WriteLine(
             cast(Any, self.server),
@@ -268,9 +268,8 @@ class Flushes:
         self.server = Server()
         self.elsewhere: list[Committed] = []
         self.commits = Commits(cast(Any, self.loop), self.elsewhere.append)
-        self.backend = Backend(
-            cast(Any, self.server), cast(Any, self.loop), lambda _: None, lambda _: None, lambda _, __: None
-        )
+        lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda _, __: None)
+        self.backend = Backend(cast(Any, self.server), cast(Any, self.loop), lender)
         self.commits.backend = self.backend
 
     def add(self, incarnation: bytes = b"12345678") -> asyncio.Future[Row]:
@@ -336,13 +335,8 @@ def test_whether_a_write_was_made_is_unknown_if_it_was_not_flushed() -> None:
 def test_a_cancelled_write_waits_for_no_flush(flushes: Flushes) -> None:
     committed: list[Row] = []
     server = Server()
-    backend = Backend(
-        cast(Any, server),
-        cast(Any, flushes.loop),
-        lambda _: None,
-        lambda _: None,
-        lambda _, done: committed.append(done),
-    )
+    lender = Lender(lambda _: None, lambda _: None, lambda _, done: committed.append(done), lambda _, __: None)
+    backend = Backend(cast(Any, server), cast(Any, flushes.loop), lender)
     ended = backend.execute(INSERT, _WRITE.params)
     backend.held = True
     server.give(backend, row(*_DONE), sync())
