@@ -100,8 +100,8 @@ def idle_memory(target: Target, clients: int, rest: float) -> dict[str, object]:
     time.sleep(rest)
     gone = target.memory()
     say(
-        f"{target.name}: {before[0] / 1e6:.1f} MB, {after[0] / 1e6:.1f} MB with {clients:,} idle clients"
-        f" {error}, {gone[0] / 1e6:.1f} MB when they have gone"
+        f"{target.name}: {before[0] / 1e6:.1f} MB, {after[0] / 1e6:.1f} MB with {clients:,} idle clients,"
+        f" {gone[0] / 1e6:.1f} MB when they have gone {error}"
     )
     return {
         "target": target.name,

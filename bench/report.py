@@ -285,19 +285,17 @@ def _memory(run: dict[str, Any]) -> list[str]:
     ]
     for idle in run["idle"]:
         name = idle["target"]
-        count = f"with {idle['clients']:,}" if not idle["error"] else idle["error"]
         each = (idle["gateway"] - idle["gateway_before"]) / idle["clients"] / 1000
-        fresh, busy, gone, loaded = (
-            f"{memory / 1e6:.0f} MB"
-            for memory in (
-                run["fresh_memory"][name][0],
-                idle["gateway"],
-                idle["gateway_gone"],
-                run["loaded_memory"][name][0],
-            )
+        count = f"{_megabytes(idle['gateway'])} with {idle['clients']:,}" if not idle["error"] else idle["error"]
+        fresh, gone = _megabytes(run["fresh_memory"][name][0]), _megabytes(idle["gateway_gone"])
+        lines.append(
+            f"| {name} | {fresh} | {count} | {each:.1f} | {gone} | {_megabytes(run['loaded_memory'][name][0])} |"
         )
-        lines.append(f"| {name} | {fresh} | {busy} {count} | {each:.1f} | {gone} | {loaded} |")
     return lines
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.0f} MB"
 
 
 def plot(run: dict[str, Any]) -> str:

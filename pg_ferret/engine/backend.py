@@ -146,10 +146,8 @@ class Backend(Pipeline):
             waiter.set_exception(error)
         elif row is None:
             waiter.set_result(())
-        elif (
-            call is not None and call.writes and row[-1] is not None and not self.held
-        ):  # a cancelled one has no client
-            self._committed(waiter, row)
+        elif call is not None and call.writes and row[-1] is not None and not self.held:
+            self._committed(waiter, row)  # a cancelled one has no client
         else:
             waiter.set_result(row)
 

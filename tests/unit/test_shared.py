@@ -7,11 +7,13 @@ from typing import Any, cast
 
 import pytest
 
+from pg_ferret.engine.backend import Backend, Lender
 from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, Row
 from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from pg_ferret.errors import EngineError
+from tests.turns import settle
 from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
 
 _SHAPE, _OTHER_SHAPE = 1, 2
@@ -174,6 +176,23 @@ def test_a_page_for_one_who_has_gone_is_unclaimed() -> None:
         stage.server.give(stage.line, row(b"page", b"more", cursor_id), sync())
     assert stage.unclaimed == [(b"page", b"more", b"1")]
     assert stage.waiters[1].result() == (b"page", b"more", b"2")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_so_is_one_on_a_connection_of_its_own(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    """Whether or not PostgreSQL has been asked to cancel it, and was done before it heard of that."""
+    loop, server = Loop(), Server()
+    monkeypatch.setattr(loop, "create_future", asyncio.get_running_loop().create_future)
+    unclaimed: list[tuple[Call, Row]] = []
+    lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda *gone: unclaimed.append(gone))
+    backend = Backend(cast(Any, server), cast(Any, loop), lender)
+    backend.execute(FIND, ()).cancel()
+    cancelling = asyncio.create_task(backend.cancel()) if asked else None
+    await settle()
+    server.give(backend, prepared(), row(b"page", b"more", b"1"), sync())
+    assert cancelling is None or await cancelling
+    assert server.cancelled == asked
+    assert unclaimed == [(FIND, (b"page", b"more", b"1"))]
 
 
 def test_a_line_prepares_each_statement_once() -> None:
