@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import NamedTuple
 
 
 def schedule(pid: int, *, batch: bool) -> None:
@@ -19,3 +20,31 @@ def schedule(pid: int, *, batch: bool) -> None:
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(pid) == now:
             os.sched_setscheduler(pid, wanted, os.sched_param(0))
+
+
+class Work(NamedTuple):
+    """What a process has done so far."""
+
+    seconds: float  # on a processor
+    sleeps: int  # waits for anything else: a request, a lock, a disk
+
+
+def work(pid: int) -> Work | None:
+    """What process ``pid`` has done; None if it has ended, or the kernel does not say.
+
+    See proc_pid_schedstat(5) and proc_pid_status(5).
+    """
+    try:
+        seconds = int(_read(pid, "schedstat").split(maxsplit=1)[0]) * 1e-9
+        sleeps = int(_read(pid, "status").rpartition(b"\nvoluntary_ctxt_switches:")[2].split(maxsplit=1)[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return Work(seconds, sleeps)
+
+
+def _read(pid: int, name: str) -> bytes:
+    file = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(file, 4096)
+    finally:
+        os.close(file)

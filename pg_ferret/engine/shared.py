@@ -19,7 +19,7 @@ import psycopg
 from psycopg import pq
 
 from pg_ferret.engine.calls import FIND, GET_MORE
-from pg_ferret.engine.lines import Line, Lines, Owner, Shared
+from pg_ferret.engine.lines import STALL_SECONDS, Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import (
     COMMAND_OK,
     LARGE_BYTES,
@@ -29,25 +29,35 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
+from pg_ferret.engine.scheduling import work
 from pg_ferret.engine.sqlstate import CANCELLED, UNPREPARED
 from pg_ferret.errors import EngineError, EngineLostError
 
 # Seconds: what takes no longer is cheap; a line that stands still for longer, and as much for each read, takes nobody.
 CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
-# A read that takes longer in a line is not: twice as long, because a busy machine makes one in a hundred wait.
-_SLOW_SECONDS = 2 * CHEAP_SECONDS
+# A read that takes so many times as long in a line is not cheap: a busy machine makes one in a hundred wait.
+_SLOW_TIMES = 2.0
+# A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
+# than so many times the mean of the last dozens is cheap there, as long as it takes no more than so many seconds.
+_CHEAP_TIMES = 4.0
+_MOST_CHEAP_SECONDS = STALL_SECONDS / 2
+_MEAN_WEIGHT = 1 / 32
 # And where a page takes so much longer than it may, pages like it stay away for a while: they differ in what they cost.
 _LONG_SECONDS = 0.02
 _AWAY_SECONDS = 1.0
-# Where a page takes longer, in the mean of the last dozens, nobody joins others: to wake a process up for it costs next
-# to nothing then, and if PostgreSQL waits for a disk, those behind it would wait with it.
-_SLOW_PACE_SECONDS = 0.001
-_PACE_WEIGHT = 1 / 32
+# Where a page, in the mean of so many, takes PostgreSQL more of a processor's time, nobody joins others: to wake a
+# process up for it costs next to nothing then.  Nor where it takes more time and PostgreSQL sleeps in the middle of so
+# many of them, for a disk or a lock: those behind it would wait with it.
+_LOOKED_AT = 32
+_HEAVY_SECONDS = 0.001
+_MOST_SLEEPS = _LOOKED_AT // 2
 # Pages share while they meet so many other requests, in the mean of some dozens.
 _CROWD = 3.0
 _OTHERS_WEIGHT = 1 / 64
 _MOST_WAITING = 128
+# libpq reads 16 kB at a time: behind a page of so many bytes it has hardly read the next one, which may have come.
+_READ_ON_BYTES = 8192
 # Shapes of reads whose cost is remembered.
 _MOST_SHAPES = 10_000
 
@@ -55,9 +65,10 @@ _MOST_SHAPES = 10_000
 class Costs:
     """Which shapes of reads have been cheap lately.  Times are the loop's."""
 
-    __slots__ = ("_cheap", "_slow")
+    __slots__ = ("_cheap", "_slow", "cheap_seconds")
 
     def __init__(self) -> None:
+        self.cheap_seconds = CHEAP_SECONDS  # how long a read may take
         self._cheap: set[int] = set()
         self._slow: dict[int, float] = {}  # shape -> from when on one that is cheap will do
 
@@ -71,7 +82,7 @@ class Costs:
 
     def note(self, shape: int, seconds: float, now: float) -> None:
         """A read of this shape has taken so long."""
-        if seconds > CHEAP_SECONDS:
+        if seconds > self.cheap_seconds:
             self.keep_away(shape, now)
         elif self._slow.get(shape, now) <= now:
             self._slow.pop(shape, None)
@@ -98,13 +109,18 @@ class SharedLine(Line):
         "_batches",
         "_costs",
         "_filling",
+        "_heavy",
         "_late",
         "_leaving",
+        "_mean",
         "_owner",
-        "_pace",
+        "_pages",
+        "_read_on",
         "_scheduled",
         "_since",
+        "_starts",
         "_together",
+        "_work",
     )
 
     def __init__(
@@ -120,16 +136,21 @@ class SharedLine(Line):
         self._answered = 0  # reads of the oldest batch that have their answer
         self._since = 0.0  # when the server began with the oldest batch
         self._late = 0.0  # from then on it takes too long
-        self._pace = 0.0  # how long a page has taken lately
+        self._mean = 0.0  # how long a page has taken lately
+        self._heavy = False  # whether nobody had better wait behind others
+        self._pages = 0  # since that was last looked at
+        self._starts = 0  # and so many times PostgreSQL had nothing to do before
+        self._read_on = False  # whether libpq may have left the next page in the socket
         self._scheduled = False
         super().__init__(conn, loop)
+        self._work = work(self.pid)  # what PostgreSQL had done then
 
     def takes(self, read: Shared) -> bool:
         """Whether a read may join."""
         batches = self._batches
         if self._leaving or not self._costs.cheap(read.shape) or len(self._filling) + len(batches) >= _MOST_WAITING:
             return False
-        return not batches or (self._pace <= _SLOW_PACE_SECONDS and self._loop.time() <= self._late)
+        return not batches or (not self._heavy and self._loop.time() <= self._late)
 
     def may_take(self, read: Shared) -> bool:
         """Whether a read may join if there is no other way, though we are late: one that is cheap, or may be.
@@ -171,6 +192,7 @@ class SharedLine(Line):
         if not self._filling:
             return
         if not self._batches:
+            self._starts += 1
             self._begin(self._loop.time(), self._filling)
         self._be_watched()
         self._batches.append(self._filling)
@@ -185,7 +207,7 @@ class SharedLine(Line):
     def _begin(self, now: float, batch: list[_Waiting]) -> None:
         """The server begins with a batch."""
         self._since = now
-        self._late = now + CHEAP_SECONDS + len(batch) * _EACH_SECONDS
+        self._late = now + self._costs.cheap_seconds + len(batch) * _EACH_SECONDS
 
     def _take(self, result: pq.abc.PGresult) -> None:
         status = result.status
@@ -195,7 +217,9 @@ class SharedLine(Line):
             self._answered += 1
             page, following = get(0, 0), get(0, 1)
             row: Row = (page, following)
-            if page is not None and len(page) > LARGE_BYTES:
+            size = 0 if page is None else len(page)
+            self._read_on = size >= _READ_ON_BYTES
+            if size > LARGE_BYTES:
                 self.swollen = True
                 self._costs.keep_away(read.shape, self._loop.time())
             if following is not None and read.call is not GET_MORE:  # it has opened a cursor
@@ -211,6 +235,8 @@ class SharedLine(Line):
                 waiter.set_result(row)
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
+            if self._read_on and self.busy:
+                self._pg.consume_input()
         elif status == COMMAND_OK:
             self._prepared.add(self._preparing.pop(0))
         elif status != PIPELINE_ABORTED:
@@ -240,14 +266,17 @@ class SharedLine(Line):
         now = self._loop.time()
         seconds = (now - self._since) / len(batch)
         if not self._together:
-            self._pace += (seconds - self._pace) * _PACE_WEIGHT
+            self._mean += (seconds - self._mean) * _MEAN_WEIGHT
+            self._pages += 1
+            if self._pages == _LOOKED_AT:
+                self._look_at_work()
             if now - self._late > _LONG_SECONDS:
                 self._costs.keep_away(batch[0][0].shape, now + _AWAY_SECONDS)
         if self._batches:
             self._begin(now, self._batches[0])
         else:
             self.busy = False
-        if seconds > _SLOW_SECONDS:
+        if seconds > _SLOW_TIMES * self._costs.cheap_seconds:
             for read, _ in batch:  # one of them is to blame: each has to show anew what it costs
                 self._costs.keep_away(read.shape, now)
         if self._answered < len(batch):
@@ -256,6 +285,17 @@ class SharedLine(Line):
         self._answered = 0
         if self._leaving:
             self.retire()
+
+    def _look_at_work(self) -> None:
+        """Now and then: what the last pages have cost."""
+        self._costs.cheap_seconds = min(max(CHEAP_SECONDS, _CHEAP_TIMES * self._mean), _MOST_CHEAP_SECONDS)
+        self._heavy = self._mean > _HEAVY_SECONDS
+        before, self._work = self._work, work(self.pid)
+        if before is not None and self._work is not None:
+            seconds = self._work.seconds - before.seconds
+            sleeps = self._work.sleeps - before.sleeps - self._starts
+            self._heavy = seconds > _HEAVY_SECONDS * self._pages or (self._heavy and sleeps > _MOST_SLEEPS)
+        self._pages = self._starts = 0
 
     def _progress(self) -> object:
         return self._since, self._answered

@@ -82,6 +82,7 @@ class Server:
     """A connection in pipeline mode: results arrive when the test says so."""
 
     socket = 0
+    backend_pid = 0  # of no process
     status = int(pq.ConnStatus.OK)
     error_message = b""
 
@@ -92,7 +93,7 @@ class Server:
         self.sent: list[bytes] = []  # and executed
         self.syncs = 0
         self.cancelled = 0
-        self._results: list[Result] = []
+        self.results: list[Result] = []  # that have arrived
 
     def enter_pipeline_mode(self) -> None: ...
 
@@ -111,17 +112,17 @@ class Server:
     def consume_input(self) -> None: ...
 
     def is_busy(self) -> int:
-        return not self._results
+        return not self.results
 
     def get_result(self) -> Result:
-        return self._results.pop(0)
+        return self.results.pop(0)
 
     async def cancel_safe(self, **_: Any) -> None:
         self.cancelled += 1
 
     def give(self, line: Pipeline, *results: Result) -> None:
         """These results arrive."""
-        self._results += results
+        self.results += results
         line._readable()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pg_ferret.engine.scheduling import schedule
+from pg_ferret.engine.scheduling import Work, schedule, work
 
 
 @pytest.fixture
@@ -39,3 +39,25 @@ def test_a_process_that_has_ended_is_passed_over(pid: int) -> None:
     with subprocess.Popen(["true"]) as process:
         process.wait()
     schedule(process.pid, batch=True)
+    assert work(process.pid) is None
+
+
+def test_what_a_process_has_done() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as echo:
+        assert echo.stdin is not None
+        assert echo.stdout is not None
+
+        def call() -> Work:
+            assert echo.stdin is not None
+            assert echo.stdout is not None
+            echo.stdin.write(b"x")
+            assert echo.stdout.read(1) == b"x"
+            done = work(echo.pid)
+            assert done is not None
+            return done
+
+        before = call()
+        for _ in range(50):
+            after = call()
+        assert 5 <= after.sleeps - before.sleeps <= 55
+        assert 0 < after.seconds - before.seconds < 1

@@ -11,6 +11,7 @@ from pg_ferret.engine.backend import Backend, Lender
 from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, Row
+from pg_ferret.engine.scheduling import Work
 from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from pg_ferret.errors import EngineError
 from tests.turns import settle
@@ -224,22 +225,90 @@ def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere()
     assert stage.server.prepared_names == {GET_MORE.name}
 
 
-def test_a_page_joins_no_other_where_pages_take_long() -> None:
+class Kernel:
+    """What it says of PostgreSQL's process: so much time of a processor for each page, so many waits for a disk."""
+
+    def __init__(self, seconds: float, waits: int) -> None:
+        self._each = Work(seconds * 32, waits * 32)
+        self._so_far = Work(0.0, 0)
+
+    def work(self, pid: int) -> Work:
+        so_far = self._so_far
+        self._so_far = Work(so_far.seconds + self._each.seconds, so_far.sleeps + self._each.sleeps)
+        return so_far
+
+
+@pytest.mark.parametrize(
+    ("kernel", "seconds", "joins"),
+    [
+        (None, 0.002, False),  # the kernel does not say
+        (None, 0.0009, True),
+        (Kernel(0.0015, 0), 0.002, False),
+        (Kernel(0.0005, 1), 0.002, False),
+        (Kernel(0.0005, 1), 0.0009, True),
+        (Kernel(0.0005, 0), 0.002, True),  # it has waited for a processor, or the gateway was late
+        (Kernel(0.0005, 0), 0.02, True),
+    ],
+)
+def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_waits_for_a_disk(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None, seconds: float, joins: bool
+) -> None:
+    if kernel is not None:
+        monkeypatch.setattr("pg_ferret.engine.shared.work", kernel.work)
     stage = Stage(GET_MORE, together=False)
     read = stage.reads[0]
     assert stage.line.takes(read)
-    for _ in range(100):
-        page(stage, 0.002)
+    for _ in range(160):
+        page(stage, seconds)
         stage.line.add(read)
-    assert not stage.line.takes(read)
+    stage.costs.note(read.shape, seconds, stage.loop.now)
+    assert stage.line.takes(read) == joins
     for _ in range(4):
-        page(stage, 0.002)
+        page(stage, seconds)
+    stage.costs.note(read.shape, 0.0, stage.loop.now + 2.0)
     assert stage.line.takes(read)  # nobody is there
-    for _ in range(100):
+
+
+def test_waits_for_requests_are_none_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pg_ferret.engine.shared.work", Kernel(0.0005, 1).work)
+    stage = Stage(GET_MORE, together=False)
+    read = stage.reads[0]
+    for _ in stage.reads:
+        page(stage, 0.002)
+    for _ in range(160):
         stage.line.add(read)
-        page(stage, 0.0005)
+        page(stage, 0.002)
     stage.line.add(read)
     assert stage.line.takes(read)
+
+
+def test_where_all_pages_take_long_the_same_is_cheap() -> None:
+    stage = Stage(GET_MORE, together=False)
+    read = stage.reads[0]
+    for limit in (0.004, 0.02, 0.05):
+        stage.costs.note(_OTHER_SHAPE, limit * 0.9, stage.loop.now)
+        assert stage.costs.cheap(_OTHER_SHAPE)
+        stage.costs.note(_OTHER_SHAPE, limit * 1.2, stage.loop.now)
+        assert stage.costs.slow(_OTHER_SHAPE)
+        for _ in range(320):
+            stage.line.add(read)
+            page(stage, limit * 1.25)
+
+
+def test_behind_a_page_of_some_size_there_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libpq reads so much at a time and no more."""
+    stage = Stage(GET_MORE, together=False)
+    later = [row(bytes(16_000), b"more"), sync(), row(bytes(10), b"more"), sync()]
+
+    def receive() -> None:
+        stage.server.results += later[:2]
+        del later[:2]
+
+    monkeypatch.setattr(stage.server, "consume_input", receive)
+    stage.line._readable()
+    assert answers(stage) == 2
+    stage.line._readable()
+    assert answers(stage) == 2
 
 
 def test_pages_of_which_one_took_long_stay_away_for_a_while() -> None:
