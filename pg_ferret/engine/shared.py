@@ -235,7 +235,7 @@ class SharedLine(Line):
                 waiter.set_result(row)
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
-            if self._read_on and self.busy:
+            if self._read_on and self.busy and self._pg.is_busy():
                 self._pg.consume_input()
         elif status == COMMAND_OK:
             self._prepared.add(self._preparing.pop(0))

@@ -298,17 +298,12 @@ def test_where_all_pages_take_long_the_same_is_cheap() -> None:
 def test_behind_a_page_of_some_size_there_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """libpq reads so much at a time and no more."""
     stage = Stage(GET_MORE, together=False)
-    later = [row(bytes(16_000), b"more"), sync(), row(bytes(10), b"more"), sync()]
-
-    def receive() -> None:
-        stage.server.results += later[:2]
-        del later[:2]
-
-    monkeypatch.setattr(stage.server, "consume_input", receive)
+    large, small = row(bytes(16_000), b"more"), row(bytes(10), b"more")
+    arriving = [[large, sync(), large, sync()], [small, sync()], [large, sync()]]
+    monkeypatch.setattr(stage.server, "consume_input", lambda: stage.server.results.extend(arriving.pop(0)))
     stage.line._readable()
-    assert answers(stage) == 2
-    stage.line._readable()
-    assert answers(stage) == 2
+    assert answers(stage) == 3
+    assert arriving
 
 
 def test_pages_of_which_one_took_long_stay_away_for_a_while() -> None:
