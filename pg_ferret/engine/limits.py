@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from psycopg.conninfo import make_conninfo
@@ -20,6 +21,7 @@ class Limits:
     largest: int  # connections never exceeded
     wait_seconds: float | None  # how long a request may wait for one; None: for ever
     batch: bool = False  # whether the kernel schedules them as batch work
+    processors: int = 1
 
 
 def pool_limits(config: Config) -> Limits:
@@ -30,7 +32,8 @@ def pool_limits(config: Config) -> Limits:
     largest = max(1, min(settings.pool_max_conns, server.max_connections - reserved) // workers)
     smallest = min(largest, -(-settings.pool_min_conns // workers))
     wait = settings.query_wait_timeout / 1000 if settings.query_wait_timeout else None
-    return Limits(smallest, largest, wait, settings.batch_scheduling)
+    processors = -(-len(os.sched_getaffinity(0)) // workers)
+    return Limits(smallest, largest, wait, settings.batch_scheduling, processors)
 
 
 def conninfo(config: Config) -> str:

@@ -26,7 +26,7 @@ from pg_ferret.engine.commits import Commits, Committed, unknown
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, Params, Pipeline, Row, Session
-from pg_ferret.engine.scheduling import schedule
+from pg_ferret.engine.scheduling import Stopwatch, schedule
 from pg_ferret.engine.shared import Costs, Reads, SharedLine
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
@@ -45,12 +45,12 @@ _INSTALLING_SECONDS = 5.0
 _SHORTAGE_LOG_SECONDS = 5.0
 # How often somebody looks after the requests that wait for a connection.
 _LOOK_SECONDS = 0.05
-# A page takes PostgreSQL ten times a point read's time: two of its processes keep two cores busy, as many as there are
-# for each worker (Settings.worker_count).
+# A page takes PostgreSQL ten times a point read's time: one of its processes keeps a processor busy, and more of them
+# than the worker's share of processors only take turns.  A write takes as long as it takes the worker to serve it; one
+# line is enough until many wait in it.
 _LINES_OF_FINDS = 1
-_LINES_OF_PAGES = 2
-# And a write takes as long as it takes the worker to serve it; one line is enough until many wait in it.
-_LINES_OF_WRITES = 2
+_MOST_LINES_OF_PAGES = 2
+_MOST_LINES_OF_WRITES = 2
 # A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way on,
 # until there are so few. A mixture of both would be slower than either.
 _CROWD = 6
@@ -71,7 +71,7 @@ class _Unheeding(NamedTuple):
 class _Request:
     """A call that waits for a connection."""
 
-    __slots__ = ("call", "deadline", "params", "started", "timeout_ms", "waiter")
+    __slots__ = ("call", "deadline", "params", "timeout_ms", "waiter", "watch")
 
     def __init__(
         self, call: Call, params: Params, timeout_ms: bytes | None, waiter: asyncio.Future[Row], deadline: float
@@ -81,7 +81,7 @@ class _Request:
         self.timeout_ms = timeout_ms
         self.waiter = waiter
         self.deadline = deadline  # on the loop's clock; infinity: it waits for ever
-        self.started = 0.0  # when it got its connection
+        self.watch: Stopwatch | None = None  # to be started when it gets its connection
 
 
 class Pool:
@@ -277,14 +277,15 @@ class Pool:
 
     def _allot_lines(self) -> None:
         """Half of the connections are for those who need one of their own."""
+        processors = self._limits.processors
         room = self._limits.largest // 2
         finds = min(_LINES_OF_FINDS, room)
         # Beside the first line of writes one to flush what they commit, and one for pages.
-        writes = min(_LINES_OF_WRITES, max(0, room - finds - 2))
+        writes = min(_MOST_LINES_OF_WRITES, processors, max(0, room - finds - 2))
         flush = writes > 0
         self.finds.allot(finds)
         self.writes.allot(writes)
-        self.pages.allot(min(_LINES_OF_PAGES, room - finds - writes - flush))
+        self.pages.allot(min(_MOST_LINES_OF_PAGES, processors, room - finds - writes - flush))
         self._commits.allowed = flush
         if not flush:
             self._disband()
@@ -311,20 +312,22 @@ class Pool:
         return self._open and self.size + self._growing < self._limits.largest
 
     async def _measure(self, lines: Reads, read: Shared) -> Row:
+        watch = Stopwatch()
         if self._idle:
-            started = self._loop.time()
-            row = await self._idle.pop().execute(read.call, read.params)
+            backend = self._idle.pop()
+            watch.start(backend.pid)
+            row = await backend.execute(read.call, read.params)
         else:
             request = self._wait(read.call, read.params, None)
+            request.watch = watch
             row = await request.waiter
-            started = request.started
         now = self._loop.time()
         page = row[0]
         large = page is not None and len(page) > LARGE_BYTES
         if large or (lines is self.finds and row[1] is not None):  # it opens a cursor
             lines.costs.keep_away(read.shape, now)
         else:
-            lines.costs.note(read.shape, now - started, now)
+            lines.costs.note(read.shape, watch.seconds(), now)
         if lines.due:
             self._want(lines)
         return row
@@ -485,7 +488,8 @@ class Pool:
         while self._waiting:
             request = self._waiting.popleft()
             if not request.waiter.done():
-                request.started = self._loop.time()
+                if request.watch is not None:
+                    request.watch.start(backend.pid)
                 backend.execute(request.call, request.params, request.timeout_ms, request.waiter)
                 return
         backend.idle_ticks = 0

@@ -1,9 +1,10 @@
-"""How the kernel schedules the worker and the PostgreSQL backends that serve it."""
+"""How the kernel schedules the worker and the PostgreSQL backends that serve it, and what it tells of them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from time import monotonic
 from typing import NamedTuple
 
 
@@ -23,28 +24,48 @@ def schedule(pid: int, *, batch: bool) -> None:
 
 
 class Work(NamedTuple):
-    """What a process has done so far."""
+    """What a process has done so far, in seconds; the rest of its life it has slept."""
 
-    seconds: float  # on a processor
-    sleeps: int  # waits for anything else: a request, a lock, a disk
+    ran: float
+    waited: float  # it could have run, and others did
 
 
-def work(pid: int) -> Work | None:
-    """What process ``pid`` has done; None if it has ended, or the kernel does not say.
+def work_of(pid: int) -> Work | None:
+    """What process ``pid`` has done; None if it has ended, or the kernel keeps no account.
 
-    See proc_pid_schedstat(5) and proc_pid_status(5).
+    These are the first two numbers of proc_pid_schedstat(5), in nanoseconds.
     """
     try:
-        seconds = int(_read(pid, "schedstat").split(maxsplit=1)[0]) * 1e-9
-        sleeps = int(_read(pid, "status").rpartition(b"\nvoluntary_ctxt_switches:")[2].split(maxsplit=1)[0])
-    except (OSError, ValueError, IndexError):
+        file = os.open(f"/proc/{pid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
         return None
-    return Work(seconds, sleeps)
-
-
-def _read(pid: int, name: str) -> bytes:
-    file = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(file, 4096)
+        ran, waited, _ = map(int, os.read(file, 128).split())
+    except (OSError, ValueError):
+        return None
     finally:
         os.close(file)
+    return Work(ran * 1e-9, waited * 1e-9) if ran else None
+
+
+class Stopwatch:
+    """How long a process takes for something, without what it waits for a processor.
+
+    On a slow or busy machine that is most of the time, and says nothing of what it was asked for.
+    """
+
+    __slots__ = ("_began", "_pid", "_work")
+
+    def start(self, pid: int) -> None:
+        """It begins now."""
+        self._pid = pid
+        self._work = work_of(pid)
+        self._began = monotonic()
+
+    def seconds(self) -> float:
+        """From the start until now."""
+        taken = monotonic() - self._began
+        work = work_of(self._pid)
+        if work is None or self._work is None:
+            return taken
+        return max(0.0, taken - (work.waited - self._work.waited))

@@ -29,7 +29,7 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.scheduling import work
+from pg_ferret.engine.scheduling import work_of
 from pg_ferret.engine.sqlstate import CANCELLED, UNPREPARED
 from pg_ferret.errors import EngineError, EngineLostError
 
@@ -39,19 +39,18 @@ _EACH_SECONDS = 0.0005
 # A read that takes so many times as long in a line is not cheap: a busy machine makes one in a hundred wait.
 _SLOW_TIMES = 2.0
 # A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
-# than so many times the mean of the last dozens is cheap there, as long as it takes no more than so many seconds.
+# than so many times the mean is cheap there, as long as it takes no more than so many seconds.
 _CHEAP_TIMES = 4.0
 _MOST_CHEAP_SECONDS = STALL_SECONDS / 2
-_MEAN_WEIGHT = 1 / 32
 # And where a page takes so much longer than it may, pages like it stay away for a while: they differ in what they cost.
 _LONG_SECONDS = 0.02
 _AWAY_SECONDS = 1.0
-# Where a page, in the mean of so many, takes PostgreSQL more of a processor's time, nobody joins others: to wake a
-# process up for it costs next to nothing then.  Nor where it takes more time and PostgreSQL sleeps in the middle of so
-# many of them, for a disk or a lock: those behind it would wait with it.
-_LOOKED_AT = 32
+# Where pages, in the mean of so many, take PostgreSQL more of a processor's time, nobody joins others: to wake it up
+# for each costs next to nothing then.  Nor where they take more time, and it runs or waits for a processor for less
+# than such a part of it: it waits for a disk or a lock, and those behind it would wait with it.
+LOOKED_AT = 32
 _HEAVY_SECONDS = 0.001
-_MOST_SLEEPS = _LOOKED_AT // 2
+_BUSY_PART = 1 / 3
 # Pages share while they meet so many other requests, in the mean of some dozens.
 _CROWD = 3.0
 _OTHERS_WEIGHT = 1 / 64
@@ -112,13 +111,12 @@ class SharedLine(Line):
         "_heavy",
         "_late",
         "_leaving",
-        "_mean",
         "_owner",
         "_pages",
         "_read_on",
         "_scheduled",
         "_since",
-        "_starts",
+        "_taken",
         "_together",
         "_work",
     )
@@ -136,14 +134,13 @@ class SharedLine(Line):
         self._answered = 0  # reads of the oldest batch that have their answer
         self._since = 0.0  # when the server began with the oldest batch
         self._late = 0.0  # from then on it takes too long
-        self._mean = 0.0  # how long a page has taken lately
-        self._heavy = False  # whether nobody had better wait behind others
-        self._pages = 0  # since that was last looked at
-        self._starts = 0  # and so many times PostgreSQL had nothing to do before
+        self._heavy = False  # whether nobody is to wait behind others
+        self._pages = 0  # since their cost was last looked at
+        self._taken = 0.0  # and how long they took
         self._read_on = False  # whether libpq may have left the next page in the socket
         self._scheduled = False
         super().__init__(conn, loop)
-        self._work = work(self.pid)  # what PostgreSQL had done then
+        self._work = None if together else work_of(self.pid)  # what PostgreSQL had done then
 
     def takes(self, read: Shared) -> bool:
         """Whether a read may join."""
@@ -192,7 +189,6 @@ class SharedLine(Line):
         if not self._filling:
             return
         if not self._batches:
-            self._starts += 1
             self._begin(self._loop.time(), self._filling)
         self._be_watched()
         self._batches.append(self._filling)
@@ -266,10 +262,10 @@ class SharedLine(Line):
         now = self._loop.time()
         seconds = (now - self._since) / len(batch)
         if not self._together:
-            self._mean += (seconds - self._mean) * _MEAN_WEIGHT
+            self._taken += seconds
             self._pages += 1
-            if self._pages == _LOOKED_AT:
-                self._look_at_work()
+            if self._pages == LOOKED_AT:
+                self._judge()
             if now - self._late > _LONG_SECONDS:
                 self._costs.keep_away(batch[0][0].shape, now + _AWAY_SECONDS)
         if self._batches:
@@ -286,16 +282,19 @@ class SharedLine(Line):
         if self._leaving:
             self.retire()
 
-    def _look_at_work(self) -> None:
-        """Now and then: what the last pages have cost."""
-        self._costs.cheap_seconds = min(max(CHEAP_SECONDS, _CHEAP_TIMES * self._mean), _MOST_CHEAP_SECONDS)
-        self._heavy = self._mean > _HEAVY_SECONDS
-        before, self._work = self._work, work(self.pid)
+    def _judge(self) -> None:
+        """Now and then, by what the last pages have cost: may others wait behind them, and how long is late?"""
+        mean = self._taken / self._pages
+        self._pages = 0
+        self._taken = 0.0
+        before, self._work = self._work, work_of(self.pid)
+        self._heavy = mean > _HEAVY_SECONDS
         if before is not None and self._work is not None:
-            seconds = self._work.seconds - before.seconds
-            sleeps = self._work.sleeps - before.sleeps - self._starts
-            self._heavy = seconds > _HEAVY_SECONDS * self._pages or (self._heavy and sleeps > _MOST_SLEEPS)
-        self._pages = self._starts = 0
+            ran = (self._work.ran - before.ran) / LOOKED_AT
+            waited = (self._work.waited - before.waited) / LOOKED_AT
+            self._heavy = ran > _HEAVY_SECONDS or (self._heavy and ran + waited < _BUSY_PART * mean)
+        late = CHEAP_SECONDS if self._heavy else _CHEAP_TIMES * mean
+        self._costs.cheap_seconds = min(max(CHEAP_SECONDS, late), _MOST_CHEAP_SECONDS)
 
     def _progress(self) -> object:
         return self._since, self._answered

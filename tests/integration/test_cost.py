@@ -52,7 +52,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "find": {  # 982
+    "find": {  # 975
         "commands/arguments.py:Namespace.read": 15,
         "commands/reads.py:find": 123,
         "connection.py:Connection._receive": 42,
@@ -67,7 +67,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/shared.py:Reads.share": 18,
         "engine/shared.py:SharedLine._begin": 16,
         "engine/shared.py:SharedLine._finish": 48,
-        "engine/shared.py:SharedLine._send": 56,
+        "engine/shared.py:SharedLine._send": 49,
         "engine/shared.py:SharedLine._take": 98,
         "engine/shared.py:SharedLine.add": 55,
         "engine/shared.py:SharedLine.takes": 35,
@@ -159,7 +159,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "getMore": {  # 1215
+    "getMore": {  # 1205
         "commands/arguments.py:Namespace.read": 15,
         "commands/cursors.py:get_more": 163,
         "connection.py:Connection._receive": 42,
@@ -175,9 +175,9 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/shared.py:Reads.crowded": 16,
         "engine/shared.py:Reads.share": 18,
         "engine/shared.py:SharedLine._begin": 16,
-        "engine/shared.py:SharedLine._finish": 78,
-        "engine/shared.py:SharedLine._look_at_work": 2,
-        "engine/shared.py:SharedLine._send": 56,
+        "engine/shared.py:SharedLine._finish": 74,
+        "engine/shared.py:SharedLine._judge": 3,
+        "engine/shared.py:SharedLine._send": 49,
         "engine/shared.py:SharedLine._take": 104,
         "engine/shared.py:SharedLine.add": 45,
         "engine/shared.py:SharedLine.takes": 35,

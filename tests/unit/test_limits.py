@@ -43,6 +43,16 @@ def test_shares(workers: int, pool: tuple[int, int], server: int, expected: tupl
     assert (limits.smallest, limits.largest) == expected
 
 
+@pytest.mark.parametrize(("processors", "workers", "each"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (3, 2, 2), (2, 8, 1)])
+def test_a_worker_has_its_share_of_the_processors(
+    monkeypatch: pytest.MonkeyPatch, processors: int, workers: int, each: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(processors)))
+    base = config()
+    settings = replace(base.settings, workers=workers, max_workers=64)
+    assert pool_limits(Config(settings=settings, server=base.server)).processors == each
+
+
 def test_no_timeout_means_waiting_for_ever() -> None:
     base = config()
     settings = replace(base.settings, query_wait_timeout=0)

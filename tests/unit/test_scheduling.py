@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from pg_ferret.engine.scheduling import Work, schedule, work
+from dev.cluster import wait_for
+from pg_ferret.engine.scheduling import Stopwatch, Work, schedule, work_of
 
 
 @pytest.fixture
@@ -39,25 +41,32 @@ def test_a_process_that_has_ended_is_passed_over(pid: int) -> None:
     with subprocess.Popen(["true"]) as process:
         process.wait()
     schedule(process.pid, batch=True)
-    assert work(process.pid) is None
+    assert work_of(process.pid) is None
 
 
 def test_what_a_process_has_done() -> None:
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as echo:
-        assert echo.stdin is not None
-        assert echo.stdout is not None
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        first = wait_for(lambda: work_of(process.pid))
+        assert first is not None
 
-        def call() -> Work:
-            assert echo.stdin is not None
-            assert echo.stdout is not None
-            echo.stdin.write(b"x")
-            assert echo.stdout.read(1) == b"x"
-            done = work(echo.pid)
-            assert done is not None
-            return done
+        def later() -> Work | None:
+            done = work_of(process.pid)
+            return done if done is not None and done.ran > first.ran + 0.05 else None
 
-        before = call()
-        for _ in range(50):
-            after = call()
-        assert 5 <= after.sleeps - before.sleeps <= 55
-        assert 0 < after.seconds - before.seconds < 1
+        then = wait_for(later)
+        process.kill()
+    assert then is not None
+    assert then.ran < 10
+    assert first.waited <= then.waited < 10
+
+
+@pytest.mark.parametrize(("works", "seconds"), [([Work(1.0, 2.0), Work(1.1, 2.6)], 0.4), ([None, None], 1.0)])
+def test_what_it_waits_for_a_processor_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, works: list[Work | None], seconds: float
+) -> None:
+    times = [5.0, 6.0]
+    monkeypatch.setattr("pg_ferret.engine.scheduling.work_of", lambda _: works.pop(0))
+    monkeypatch.setattr("pg_ferret.engine.scheduling.monotonic", lambda: times.pop(0))
+    watch = Stopwatch()
+    watch.start(1)
+    assert watch.seconds() == pytest.approx(seconds)

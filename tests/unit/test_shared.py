@@ -12,7 +12,7 @@ from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, Row
 from pg_ferret.engine.scheduling import Work
-from pg_ferret.engine.shared import Costs, Reads, SharedLine
+from pg_ferret.engine.shared import CHEAP_SECONDS, LOOKED_AT, Costs, Reads, SharedLine
 from pg_ferret.errors import EngineError
 from tests.turns import settle
 from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
@@ -226,16 +226,26 @@ def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere()
 
 
 class Kernel:
-    """What it says of PostgreSQL's process: so much time of a processor for each page, so many waits for a disk."""
+    """What it says of PostgreSQL's process: how long it runs for each page, and waits for a processor."""
 
-    def __init__(self, seconds: float, waits: int) -> None:
-        self._each = Work(seconds * 32, waits * 32)
-        self._so_far = Work(0.0, 0)
+    def __init__(self, ran: float, waited: float = 0.0) -> None:
+        self.each = Work(ran, waited)
+        self._so_far = Work(1.0, 1.0)
 
-    def work(self, pid: int) -> Work:
+    def work_of(self, pid: int) -> Work:
         so_far = self._so_far
-        self._so_far = Work(so_far.seconds + self._each.seconds, so_far.sleeps + self._each.sleeps)
+        self._so_far = Work(so_far.ran + self.each.ran * LOOKED_AT, so_far.waited + self.each.waited * LOOKED_AT)
         return so_far
+
+
+def pages(stage: Stage, seconds: float) -> bool:
+    """Many pages take so long each, always with others behind them; tells whether one more may join them."""
+    read = stage.reads[0]
+    for _ in range(10 * LOOKED_AT):
+        page(stage, seconds)
+        stage.line.add(read)
+    stage.costs.note(read.shape, 0.0, stage.loop.now + 2.0)
+    return stage.line.takes(read)
 
 
 @pytest.mark.parametrize(
@@ -243,56 +253,44 @@ class Kernel:
     [
         (None, 0.002, False),  # the kernel does not say
         (None, 0.0009, True),
-        (Kernel(0.0015, 0), 0.002, False),
-        (Kernel(0.0005, 1), 0.002, False),
-        (Kernel(0.0005, 1), 0.0009, True),
-        (Kernel(0.0005, 0), 0.002, True),  # it has waited for a processor, or the gateway was late
-        (Kernel(0.0005, 0), 0.02, True),
+        (Kernel(0.0015), 0.0015, False),
+        (Kernel(0.0003), 0.002, False),  # it sleeps
+        (Kernel(0.0003), 0.0009, True),
+        (Kernel(0.0003, 0.0005), 0.002, True),  # it waits for a processor, and the loop looks late
+        (Kernel(0.0003, 0.0195), 0.02, True),
     ],
 )
-def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_waits_for_a_disk(
+def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None, seconds: float, joins: bool
 ) -> None:
-    if kernel is not None:
-        monkeypatch.setattr("pg_ferret.engine.shared.work", kernel.work)
+    monkeypatch.setattr("pg_ferret.engine.shared.work_of", kernel.work_of if kernel else lambda _: None)
     stage = Stage(GET_MORE, together=False)
-    read = stage.reads[0]
-    assert stage.line.takes(read)
-    for _ in range(160):
+    assert stage.line.takes(stage.reads[0])
+    assert pages(stage, seconds) == joins
+    while stage.line.busy:
         page(stage, seconds)
-        stage.line.add(read)
-    stage.costs.note(read.shape, seconds, stage.loop.now)
-    assert stage.line.takes(read) == joins
-    for _ in range(4):
-        page(stage, seconds)
-    stage.costs.note(read.shape, 0.0, stage.loop.now + 2.0)
-    assert stage.line.takes(read)  # nobody is there
+    assert stage.line.takes(stage.reads[0])  # nobody is there
 
 
-def test_waits_for_requests_are_none_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_ferret.engine.shared.work", Kernel(0.0005, 1).work)
+def test_they_do_again_when_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(0.02)
+    monkeypatch.setattr("pg_ferret.engine.shared.work_of", kernel.work_of)
     stage = Stage(GET_MORE, together=False)
-    read = stage.reads[0]
-    for _ in stage.reads:
-        page(stage, 0.002)
-    for _ in range(160):
-        stage.line.add(read)
-        page(stage, 0.002)
-    stage.line.add(read)
-    assert stage.line.takes(read)
+    assert not pages(stage, 0.02)
+    assert stage.costs.cheap_seconds == CHEAP_SECONDS
+    kernel.each = Work(0.0003, 0.0)
+    assert pages(stage, 0.0003)
 
 
-def test_where_all_pages_take_long_the_same_is_cheap() -> None:
+def test_where_all_pages_take_long_the_same_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pg_ferret.engine.shared.work_of", Kernel(0.0003, 1.0).work_of)
     stage = Stage(GET_MORE, together=False)
-    read = stage.reads[0]
-    for limit in (0.004, 0.02, 0.05):
+    for mean, limit in ((0.0005, 0.004), (0.005, 0.02), (0.02, 0.05), (0.0005, 0.004)):
+        pages(stage, mean)
         stage.costs.note(_OTHER_SHAPE, limit * 0.9, stage.loop.now)
         assert stage.costs.cheap(_OTHER_SHAPE)
-        stage.costs.note(_OTHER_SHAPE, limit * 1.2, stage.loop.now)
+        stage.costs.note(_OTHER_SHAPE, limit * 1.1, stage.loop.now)
         assert stage.costs.slow(_OTHER_SHAPE)
-        for _ in range(320):
-            stage.line.add(read)
-            page(stage, limit * 1.25)
 
 
 def test_behind_a_page_of_some_size_there_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
