@@ -14,8 +14,11 @@ import socket
 from collections.abc import Callable, Collection
 from typing import Any
 
+import structlog
+
 from pg_ferret.connection import Connection
 
+_log = structlog.get_logger()
 # Whoever has sent nothing from one sweep to the next is quiet.
 SWEEP_SECONDS = 5.0
 # Clients looked at, or given a transport again, before others have a turn.
@@ -83,8 +86,11 @@ class Parking:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             for number, connection in enumerate(tuple(clients), 1):
-                if connection.quiet():
-                    self.park(connection)
+                try:
+                    if connection.quiet():
+                        self.park(connection)
+                except Exception:  # the others are to be parked all the same
+                    _log.exception("a quiet client could not be parked", peer=connection.peer)
                 if number % _AT_ONCE == 0:
                     await asyncio.sleep(0)
 

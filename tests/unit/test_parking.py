@@ -306,3 +306,25 @@ def test_without_a_descriptor_left_a_client_stays_as_it_is(loop_factory: Loop, m
         await peer.ping(2)
 
     run(loop_factory, scene)
+
+
+def test_a_client_that_cannot_be_parked_keeps_no_other_from_it(
+    loop_factory: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parking, "SWEEP_SECONDS", 0.01)
+
+    async def scene(lot: Lot) -> None:
+        clients = [(await lot.welcome())[0] for _ in range(3)]
+        broken = clients[1]
+
+        def fail(_: object) -> None:
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(Connection, "park", lambda self, keep: fail(self) if self is broken else park(self, keep))
+        sweeping = asyncio.create_task(lot.parking.run(clients))
+        await wait_until(lambda: len(lot.parking) == 2)
+        assert not sweeping.done()
+        sweeping.cancel()
+
+    park = Connection.park
+    run(loop_factory, scene)
