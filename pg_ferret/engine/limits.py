@@ -21,7 +21,7 @@ class Limits:
     largest: int  # connections never exceeded
     wait_seconds: float | None  # how long a request may wait for one; None: for ever
     batch: bool = False  # whether the kernel schedules them as batch work
-    processors: int = 1
+    processors: int = 1  # that the worker has for itself, rounded up
 
 
 def pool_limits(config: Config) -> Limits:

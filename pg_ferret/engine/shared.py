@@ -36,7 +36,7 @@ from pg_ferret.errors import EngineError, EngineLostError
 # Seconds: what takes no longer is cheap; a line that stands still for longer, and as much for each read, takes nobody.
 CHEAP_SECONDS = 0.004
 _EACH_SECONDS = 0.0005
-# A read that takes so many times as long in a line is not cheap: a busy machine makes one in a hundred wait.
+# In a line only one that takes so many times as long is not: a busy machine makes one in a hundred wait.
 _SLOW_TIMES = 2.0
 # A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
 # than so many times the mean is cheap there, as long as it takes no more than so many seconds.
@@ -284,16 +284,18 @@ class SharedLine(Line):
 
     def _judge(self) -> None:
         """Now and then, by what the last pages have cost: may others wait behind them, and how long is late?"""
-        mean = self._taken / self._pages
+        mean = self._taken / LOOKED_AT
         self._pages = 0
         self._taken = 0.0
-        before, self._work = self._work, work_of(self.pid)
-        self._heavy = mean > _HEAVY_SECONDS
-        if before is not None and self._work is not None:
-            ran = (self._work.ran - before.ran) / LOOKED_AT
-            waited = (self._work.waited - before.waited) / LOOKED_AT
-            self._heavy = ran > _HEAVY_SECONDS or (self._heavy and ran + waited < _BUSY_PART * mean)
-        late = CHEAP_SECONDS if self._heavy else _CHEAP_TIMES * mean
+        before, now = self._work, work_of(self.pid)
+        self._work = now
+        heavy = mean > _HEAVY_SECONDS
+        if before is not None and now is not None:
+            ran = (now.ran - before.ran) / LOOKED_AT
+            waited = (now.waited - before.waited) / LOOKED_AT
+            heavy = ran > _HEAVY_SECONDS or (heavy and ran + waited < _BUSY_PART * mean)
+        self._heavy = heavy
+        late = CHEAP_SECONDS if heavy else _CHEAP_TIMES * mean
         self._costs.cheap_seconds = min(max(CHEAP_SECONDS, late), _MOST_CHEAP_SECONDS)
 
     def _progress(self) -> object:

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from pg_ferret import parking
-from pg_ferret.connection import Connection
+from pg_ferret.connection import Connection, Keep
 from pg_ferret.parking import Parking
 from tests.turns import PATIENCE_SECONDS, settle, wait_until
 from tests.unit.fake_services import Services, message
@@ -312,19 +312,20 @@ def test_a_client_that_cannot_be_parked_keeps_no_other_from_it(
     loop_factory: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parking, "SWEEP_SECONDS", 0.01)
+    whole = Connection.park
 
     async def scene(lot: Lot) -> None:
         clients = [(await lot.welcome())[0] for _ in range(3)]
-        broken = clients[1]
 
-        def fail(_: object) -> None:
-            raise RuntimeError("broken")
+        def park(connection: Connection, keep: Keep) -> None:
+            if connection is clients[1]:
+                raise RuntimeError("broken")
+            whole(connection, keep)
 
-        monkeypatch.setattr(Connection, "park", lambda self, keep: fail(self) if self is broken else park(self, keep))
+        monkeypatch.setattr(Connection, "park", park)
         sweeping = asyncio.create_task(lot.parking.run(clients))
         await wait_until(lambda: len(lot.parking) == 2)
         assert not sweeping.done()
         sweeping.cancel()
 
-    park = Connection.park
     run(loop_factory, scene)
