@@ -106,7 +106,7 @@ class Pool:
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._bereft: list[int] = []  # cursors whose clients have gone
-        self._commits = Commits(self._loop, self._flush_elsewhere)
+        self._commits = Commits(self._loop, self._flush_elsewhere, self._writes_in_line)
         shapes = Shapes()
         self._lender = Lender(self._release, self._ended, self._commits.add, self._unclaimed)
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
@@ -243,14 +243,18 @@ class Pool:
         if commits.backend is None or not commits.allowed:
             self._crowd = False
             return False
-        others = self._under_way() + commits.pending
-        for line in self.writes.all:
-            others += line.waiting
+        others = self._under_way() + commits.pending + self._writes_in_line()
         if others >= _CROWD:
             self._crowd = True
         elif others <= _NO_CROWD:
             self._crowd = False
         return self._crowd
+
+    def _writes_in_line(self) -> int:
+        waiting = 0
+        for line in self.writes.all:
+            waiting += line.waiting
+        return waiting
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:

@@ -11,13 +11,25 @@ from psycopg import pq
 from pg_ferret.engine.pipeline import Pipeline, Row
 
 
+class Timer:
+    """What is to be done later, unless it is cancelled."""
+
+    def __init__(self, at: float, call: Callable[[], None]) -> None:
+        self.at = at
+        self.call = call
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class Loop:
     """An event loop in which nothing happens by itself."""
 
     def __init__(self) -> None:
         self.now = 100.0
         self.soon: list[Callable[[], None]] = []
-        self.later: list[tuple[float, Callable[[], None]]] = []
+        self.later: list[Timer] = []
 
     def time(self) -> float:
         return self.now
@@ -40,8 +52,9 @@ class Loop:
             done.set_result(None)
         return done
 
-    def call_later(self, seconds: float, call: Callable[[], None]) -> None:
-        self.later.append((self.now + seconds, call))
+    def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        self.later.append(Timer(self.now + seconds, call))
+        return self.later[-1]
 
     def add_reader(self, *_: Any) -> None: ...
 
@@ -52,10 +65,11 @@ class Loop:
         while self.soon:
             self.soon.pop(0)()
         self.now += seconds
-        due = [call for at, call in self.later if at <= self.now]
-        self.later = [(at, call) for at, call in self.later if at > self.now]
-        for call in due:
-            call()
+        due = [timer for timer in self.later if timer.at <= self.now]
+        self.later = [timer for timer in self.later if timer.at > self.now]
+        for timer in due:
+            if not timer.cancelled:
+                timer.call()
 
 
 class Result:

@@ -267,7 +267,8 @@ class Flushes:
         self.loop = Loop()
         self.server = Server()
         self.elsewhere: list[Committed] = []
-        self.commits = Commits(cast(Any, self.loop), self.elsewhere.append)
+        self.coming = 0
+        self.commits = Commits(cast(Any, self.loop), self.elsewhere.append, lambda: self.coming)
         lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda _, __: None)
         self.backend = Backend(cast(Any, self.server), cast(Any, self.loop), lender)
         self.commits.backend = self.backend
@@ -299,6 +300,38 @@ def test_one_flush_serves_all_of_a_turn_and_the_next_one_all_of_meanwhile(flushe
     flushes.answer(row(b""))
     assert all(waiter.done() for waiter in second)
     assert not flushes.commits.flushing
+
+
+def test_a_flush_waits_while_more_are_coming_than_it_would_serve(flushes: Flushes) -> None:
+    flushes.coming = 3
+    waiters = [flushes.add()]
+    flushes.loop.run()
+    assert not flushes.server.sent
+    flushes.coming = 2
+    waiters.append(flushes.add())
+    flushes.loop.run()
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+    flushes.coming = 1
+    flushes.answer(row(b""))
+    assert all(waiter.done() for waiter in waiters)
+    flushes.loop.run(1.0)  # and nothing is left that would flush again
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+
+
+def test_a_flush_waits_for_a_moment_only(flushes: Flushes) -> None:
+    flushes.coming = 100
+    first = flushes.add()
+    flushes.loop.run()
+    flushes.add()
+    flushes.loop.run(0.001)
+    assert not flushes.server.sent
+    flushes.loop.run(0.001)
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+    second = flushes.add()
+    flushes.answer(row(b""))
+    assert (first.done(), second.done()) == (True, False)
+    flushes.loop.run(0.002)
+    assert flushes.server.sent == [FLUSH_COMMITS.name] * 2
 
 
 def test_a_flush_that_is_refused_fails_its_writes(flushes: Flushes) -> None:
