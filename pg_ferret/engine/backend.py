@@ -96,8 +96,7 @@ class Backend(Pipeline):
             self._prepare(call)
         self._pg.send_query_prepared(call.name, params, call.formats, 1)
 
-    def _take(self, result: pq.abc.PGresult) -> None:
-        status = result.status
+    def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:
             if not result.ntuples:
                 self._row = ()

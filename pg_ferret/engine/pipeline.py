@@ -88,8 +88,8 @@ class Pipeline(ABC):
         return self._pg.backend_pid
 
     @abstractmethod
-    def _take(self, result: pq.abc.PGresult) -> None:
-        """One result of the oldest batch; the last is the answer to Sync."""
+    def _take(self, result: pq.abc.PGresult, status: int) -> None:
+        """One result of the oldest batch and its status; the last is the answer to Sync."""
 
     @abstractmethod
     def _end(self) -> None:
@@ -118,7 +118,10 @@ class Pipeline(ABC):
             while self.busy and not pg.is_busy():
                 result = pg.get_result()
                 if result is not None:
-                    self._take(result)
+                    status = result.status
+                    if status == TUPLES_OK:
+                        pg.get_result()  # the end of this call's results, for which libpq waits for nothing
+                    self._take(result, status)
                 elif pg.status == _BAD:
                     self._end()
         except psycopg.Error:

@@ -23,11 +23,14 @@ import structlog
 from pg_ferret.engine.backend import Backend, Lender
 from pg_ferret.engine.calls import DELETE_CURSORS, FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call, id_array, streams
 from pg_ferret.engine.commits import Commits, Committed, unknown
+from pg_ferret.engine.costs import Costs
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
+from pg_ferret.engine.pages import PageLine
 from pg_ferret.engine.pipeline import LARGE_BYTES, Params, Pipeline, Row, Session
+from pg_ferret.engine.points import PointLine
 from pg_ferret.engine.scheduling import Stopwatch, schedule
-from pg_ferret.engine.shared import Costs, Reads, SharedLine
+from pg_ferret.engine.shared import ReadLine, Reads
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
@@ -58,7 +61,7 @@ _NO_CROWD = 2
 _log = structlog.get_logger()
 
 
-Duty = Lines[SharedLine] | Lines[WriteLine] | Commits
+Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 
 
 class _Unheeding(NamedTuple):
@@ -111,13 +114,13 @@ class Pool:
         self._lender = Lender(self._release, self._ended, self._commits.add, self._unclaimed)
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
 
-        def reads(*, together: bool) -> Reads:
+        def reads(line: type[PointLine] | type[PageLine]) -> Reads:
             costs = Costs()
-            make = partial(SharedLine, loop=self._loop, costs=costs, owner=owner, together=together)
+            make = partial(line, loop=self._loop, costs=costs, owner=owner)
             return Reads(make, costs, self._measure, self._has_room)
 
-        self.finds = reads(together=True)
-        self.pages = reads(together=False)
+        self.finds = reads(PointLine)
+        self.pages = reads(PageLine)
         make = partial(WriteLine, loop=self._loop, shapes=shapes, committed=self._commits.add, owner=owner)
         self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._has_room, self._want))
         self._crowd = False  # whether writes share
@@ -253,7 +256,7 @@ class Pool:
     def _writes_in_line(self) -> int:
         waiting = 0
         for line in self.writes.all:
-            waiting += line.waiting
+            waiting += len(line.queue)
         return waiting
 
     def _flush_elsewhere(self, committed: Committed) -> None:

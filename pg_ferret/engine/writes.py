@@ -83,9 +83,7 @@ class Shapes:
         self._from[shape] = begin
 
 
-class _Waiting(NamedTuple):
-    write: Shared
-    waiter: asyncio.Future[Row]
+_Waiting = tuple[Shared, asyncio.Future[Row]]
 
 
 class WriteLine(Line):
@@ -96,11 +94,11 @@ class WriteLine(Line):
         "_error",
         "_leaving",
         "_owner",
-        "_queue",
         "_row",
         "_shapes",
         "_since",
         "_tasks",
+        "queue",
     )
 
     def __init__(
@@ -115,7 +113,7 @@ class WriteLine(Line):
         self._shapes = shapes
         self._committed = committed
         self._owner = owner
-        self._queue: deque[_Waiting] = deque()  # the first one is under way
+        self.queue: deque[_Waiting] = deque()  # the first one is under way
         self._row: Row | None = None
         self._error: Exception | None = None
         self._since = 0.0  # when the server began with the first one
@@ -128,11 +126,11 @@ class WriteLine(Line):
         """Set the connection up."""
         nobody: asyncio.Future[Row] = self._loop.create_future()
         nobody.cancel()
-        self._send(_Waiting(Shared(SET_UP_WRITES, (_LOCK_MILLISECONDS, _CPU_OPERATOR_COST), b"", 0), nobody))
+        self._send(Shared(SET_UP_WRITES, (_LOCK_MILLISECONDS, _CPU_OPERATOR_COST), b"", 0), nobody)
 
     def takes(self, shape: int) -> bool:
         """Whether a write may join."""
-        queue = self._queue
+        queue = self.queue
         now = self._loop.time()
         if self._leaving or self.lost or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
             return False
@@ -141,41 +139,40 @@ class WriteLine(Line):
     @property
     def open(self) -> bool:
         """Whether a write may join if there is no other way, though it may be slow, or we are late."""
-        return not (self._leaving or self.lost) and len(self._queue) < _MOST_WAITING
+        return not (self._leaving or self.lost) and len(self.queue) < _MOST_WAITING
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self.queue)
 
     def add(self, write: Shared) -> asyncio.Future[Row]:
         """The future gets the result when it is durable; it raises EngineError or EngineLostError."""
         waiter: asyncio.Future[Row] = self._loop.create_future()
-        self._send(_Waiting(write, waiter))
+        self._send(write, waiter)
         return waiter
 
-    def _send(self, waiting: _Waiting) -> None:
-        queue = self._queue
+    def _send(self, write: Shared, waiter: asyncio.Future[Row]) -> None:
+        queue = self.queue
         if self.lost:
-            waiting.waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
+            waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
             return
         if not queue:
             self._since = self._loop.time()
             self.busy = True
             self.idle_ticks = 0
             self._be_watched()
-        queue.append(waiting)
-        call = waiting.write.call
+        queue.append((write, waiter))
+        call, params, _, _ = write
         try:
-            if call.name not in self._conn.prepared_names:
+            if call.name not in self._prepared:
                 self._pg.send_prepare(call.name, call.sql)
-                self._conn.prepared_names.add(call.name)
-            self._pg.send_query_prepared(call.name, waiting.write.params, call.formats, 1)
+                self._prepared.add(call.name)
+            self._pg.send_query_prepared(call.name, params, call.formats, 1)
             self._sync()
         except psycopg.Error:
             self._end()
 
-    def _take(self, result: pq.abc.PGresult) -> None:
-        status = result.status
+    def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:
             get = result.get_value
             if result.nfields == 3:
@@ -192,8 +189,8 @@ class WriteLine(Line):
 
     def _finish(self) -> None:
         """The server has done with the first one: it is committed, or rolled back."""
-        slow = _SLOW_SECONDS + len(self._queue) * _EACH_SECONDS
-        write, waiter = self._queue.popleft()
+        slow = _SLOW_SECONDS + len(self.queue) * _EACH_SECONDS
+        write, waiter = self.queue.popleft()
         row, self._row = self._row, None
         error, self._error = self._error, None
         now = self._loop.time()
@@ -202,7 +199,7 @@ class WriteLine(Line):
         elif not self._shapes.known(write.shape):  # it had no other way than to join
             self._shapes.note(write.shape, now)
         self._since = now
-        if not self._queue:
+        if not self.queue:
             self.busy = False
         if waiter.done():
             pass
@@ -231,7 +228,7 @@ class WriteLine(Line):
                 task.add_done_callback(self._tasks.discard)
             self._look_again()
         else:
-            first = self._queue[0].write
+            first, _ = self.queue[0]
             self._give_up()
             self._owner.stalled(self, first)
 
@@ -245,7 +242,7 @@ class WriteLine(Line):
         self.detach()
         self.lost = True
         self.busy = False
-        queue, self._queue = self._queue, deque()
+        queue, self.queue = self.queue, deque()
         for _, waiter in queue:
             if not waiter.done():
                 waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
@@ -257,7 +254,7 @@ class WriteLine(Line):
 
     def retire(self) -> None:
         self._leaving = True
-        if not self._queue and not self.lost:
+        if not self.queue and not self.lost:
             self.detach()
             self._owner.ended(self)
 
@@ -306,7 +303,7 @@ class Writes(Lines[WriteLine]):
         if not self._crowded():
             return self._alone(write.call, write.params[:-1])
         line = self._line_for(write.shape)
-        if (line is None or line.waiting >= _FULL) and self.due:
+        if (line is None or len(line.queue) >= _FULL) and self.due:
             self._want(self)
         if line is None and not self._free():
             line = self.shortest(other for other in self.all if other.open)
@@ -318,11 +315,13 @@ class Writes(Lines[WriteLine]):
 
     def _line_for(self, shape: int) -> WriteLine | None:
         """Of the lines that take a write the first one with room; where none has any, the shortest."""
-        taking = [line for line in self.all if line.takes(shape)]
-        for line in taking:
-            if line.waiting < _FULL:
-                return line
-        return self.shortest(taking)
+        full = []
+        for line in self.all:
+            if line.takes(shape):
+                if len(line.queue) < _FULL:
+                    return line
+                full.append(line)
+        return self.shortest(full)
 
     async def _first(self, write: Shared) -> Row:
         """The first of its shape may have a collection made."""

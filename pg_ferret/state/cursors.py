@@ -95,11 +95,12 @@ class Cursors:
     def advance(self, cursor_id: int, cursor_owner: bytes, expires: float, continuation: bytes) -> bool:
         """Store a cursor's new continuation and expiry, unless it has ended meanwhile; tells whether it lives."""
         key = _KEY.pack(cursor_id)
-        record = _pack(cursor_owner, expires, continuation)
+        head = _HEAD.pack(expires, len(cursor_owner)) + cursor_owner
+        record = head + continuation
         try:
             with self._env.begin(write=True) as transaction:
                 current = transaction.get(key)
-                if current is None or _bereft(current):
+                if current is None or len(current) == len(head):  # it is bereft
                     return False
                 transaction.put(key, record)
         except lmdb.Error as error:

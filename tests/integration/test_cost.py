@@ -40,57 +40,59 @@ NewCluster = Callable[..., Cluster]
 TOLERANCE = 0.05
 # Instructions of CPython 3.14 for one request, by function.
 INSTRUCTIONS: dict[str, dict[str, int]] = {
-    "ping": {  # 404
+    "ping": {  # 406
         "commands/handshake.py:ping": 3,
         "connection.py:Connection._receive": 44,
         "connection.py:Connection._serve": 79,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 8,
         "dispatch.py:respond": 65,
+        "engine/pipeline.py:Pipeline.__init__": 1,
+        "engine/scheduling.py:schedule": 1,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "find": {  # 975
+    "find": {  # 948
         "commands/arguments.py:Namespace.read": 15,
-        "commands/reads.py:find": 123,
+        "commands/reads.py:_page": 13,
+        "commands/reads.py:find": 117,
         "connection.py:Connection._receive": 42,
         "connection.py:Connection._serve": 82,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 8,
         "dispatch.py:respond": 68,
         "engine/lines.py:Line._be_watched": 6,
-        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
-        "engine/shared.py:Costs.cheap": 4,
+        "engine/points.py:PointLine._finish": 44,
+        "engine/points.py:PointLine._send": 51,
+        "engine/points.py:PointLine._take": 82,
+        "engine/points.py:PointLine.add": 51,
+        "engine/points.py:PointLine.takes": 34,
+        "engine/shared.py:ReadLine._begin": 14,
         "engine/shared.py:Reads.share": 18,
-        "engine/shared.py:SharedLine._begin": 16,
-        "engine/shared.py:SharedLine._finish": 48,
-        "engine/shared.py:SharedLine._send": 49,
-        "engine/shared.py:SharedLine._take": 98,
-        "engine/shared.py:SharedLine.add": 55,
-        "engine/shared.py:SharedLine.takes": 35,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "page": {  # 962
+    "page": {  # 957
         "commands/arguments.py:Namespace.read": 15,
         "commands/arguments.py:by_id": 21,
-        "commands/reads.py:_page": 10,
-        "commands/reads.py:find": 120,
+        "commands/reads.py:_page": 13,
+        "commands/reads.py:find": 121,
         "connection.py:Connection._receive": 42,
         "connection.py:Connection._serve": 82,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 8,
         "dispatch.py:respond": 68,
-        "engine/backend.py:Backend._finish": 62,
+        "engine/backend.py:Backend._finish": 66,
         "engine/backend.py:Backend._send": 18,
-        "engine/backend.py:Backend._take": 78,
-        "engine/backend.py:Backend.execute": 35,
-        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/backend.py:Backend._take": 72,
+        "engine/backend.py:Backend.execute": 33,
+        "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
         "engine/pool.py:Pool._release": 40,
         "engine/pool.py:Pool.call": 14,
@@ -102,7 +104,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "insert": {  # 1040
+    "insert": {  # 1031
         "commands/arguments.py:Namespace.read": 15,
         "commands/writes.py:_single": 31,
         "commands/writes.py:_write": 113,
@@ -112,11 +114,11 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 8,
         "dispatch.py:respond": 68,
-        "engine/backend.py:Backend._finish": 67,
+        "engine/backend.py:Backend._finish": 71,
         "engine/backend.py:Backend._send": 18,
-        "engine/backend.py:Backend._take": 78,
-        "engine/backend.py:Backend.execute": 35,
-        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/backend.py:Backend._take": 72,
+        "engine/backend.py:Backend.execute": 33,
+        "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
         "engine/pool.py:Pool._alone": 22,
         "engine/pool.py:Pool._crowded": 11,
@@ -130,7 +132,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "update": {  # 1077
+    "update": {  # 1068
         "commands/arguments.py:Namespace.read": 15,
         "commands/arguments.py:by_id": 21,
         "commands/writes.py:_single": 47,
@@ -141,11 +143,11 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 8,
         "dispatch.py:respond": 68,
-        "engine/backend.py:Backend._finish": 67,
+        "engine/backend.py:Backend._finish": 71,
         "engine/backend.py:Backend._send": 18,
-        "engine/backend.py:Backend._take": 78,
-        "engine/backend.py:Backend.execute": 35,
-        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/backend.py:Backend._take": 72,
+        "engine/backend.py:Backend.execute": 33,
+        "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
         "engine/pool.py:Pool._alone": 22,
         "engine/pool.py:Pool._crowded": 11,
@@ -159,7 +161,50 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "getMore": {  # 1205
+    "updateInLine": {  # 1734
+        "commands/arguments.py:Namespace.read": 15,
+        "commands/arguments.py:by_id": 21,
+        "commands/writes.py:_single": 47,
+        "commands/writes.py:_write": 113,
+        "commands/writes.py:update": 7,
+        "connection.py:Connection._receive": 42,
+        "connection.py:Connection._serve": 82,
+        "connection.py:Connection.data_received": 38,
+        "connection.py:start": 8,
+        "dispatch.py:respond": 68,
+        "engine/backend.py:Backend._finish": 66,
+        "engine/backend.py:Backend._send": 18,
+        "engine/backend.py:Backend._take": 77,
+        "engine/backend.py:Backend.execute": 33,
+        "engine/commits.py:Commits._flush": 34,
+        "engine/commits.py:Commits._flush_now": 57,
+        "engine/commits.py:Commits._flushed": 35,
+        "engine/commits.py:Commits.add": 56,
+        "engine/commits.py:Committed.tell": 24,
+        "engine/lines.py:Line._be_watched": 6,
+        "engine/pipeline.py:Pipeline._readable": 170,
+        "engine/pipeline.py:Pipeline._sync": 26,
+        "engine/pool.py:Pool._crowded": 33,
+        "engine/pool.py:Pool._flushed": 10,
+        "engine/pool.py:Pool._under_way": 23,
+        "engine/pool.py:Pool._writes_in_line": 60,
+        "engine/writes.py:Shapes.known": 4,
+        "engine/writes.py:Shapes.may": 10,
+        "engine/writes.py:WriteLine._finish": 88,
+        "engine/writes.py:WriteLine._send": 61,
+        "engine/writes.py:WriteLine._take": 59,
+        "engine/writes.py:WriteLine.add": 12,
+        "engine/writes.py:WriteLine.takes": 39,
+        "engine/writes.py:Writes._line_for": 25,
+        "engine/writes.py:Writes.share": 31,
+        "engine/writes.py:_not_made": 13,
+        "wire/message.py:Shapes.find": 37,
+        "wire/message.py:_sequences": 55,
+        "wire/message.py:frame_length": 18,
+        "wire/message.py:parse": 87,
+        "wire/message.py:reply": 26,
+    },
+    "getMore": {  # 1128
         "commands/arguments.py:Namespace.read": 15,
         "commands/cursors.py:get_more": 163,
         "connection.py:Connection._receive": 42,
@@ -169,22 +214,19 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "dispatch.py:respond": 68,
         "engine/calls.py:streams": 11,
         "engine/lines.py:Line._be_watched": 6,
-        "engine/pipeline.py:Pipeline._readable": 90,
+        "engine/pages.py:PageLine._finish": 68,
+        "engine/pages.py:PageLine._judge": 2,
+        "engine/pages.py:PageLine._take": 95,
+        "engine/pages.py:PageLine.add": 64,
+        "engine/pages.py:PageLine.takes": 29,
+        "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
-        "engine/shared.py:Costs.cheap": 4,
+        "engine/scheduling.py:work_of": 2,
+        "engine/shared.py:ReadLine._begin": 14,
         "engine/shared.py:Reads.crowded": 16,
         "engine/shared.py:Reads.share": 18,
-        "engine/shared.py:SharedLine._begin": 16,
-        "engine/shared.py:SharedLine._finish": 74,
-        "engine/shared.py:SharedLine._judge": 3,
-        "engine/shared.py:SharedLine._send": 49,
-        "engine/shared.py:SharedLine._take": 104,
-        "engine/shared.py:SharedLine.add": 45,
-        "engine/shared.py:SharedLine.takes": 35,
-        "state/cursors.py:Cursors.advance": 49,
+        "state/cursors.py:Cursors.advance": 60,
         "state/cursors.py:Cursors.get": 56,
-        "state/cursors.py:_bereft": 15,
-        "state/cursors.py:_pack": 12,
         "state/cursors.py:owner": 6,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:frame_length": 18,
@@ -218,7 +260,7 @@ def requests(operation: str, transport: Transport) -> Iterator[bytes]:
         match operation:
             case "getMore":
                 yield message({"getMore": Int64(cursor), "collection": "c", "batchSize": 1})
-            case "update":
+            case "update" | "updateInLine":
                 change = {"q": {"_id": number % 10}, "u": {"$set": {"n": number}}}
                 yield message({"update": "c", "ordered": True}, [change], b"updates")
             case "find":
@@ -282,15 +324,18 @@ def counted() -> Iterator[Counter[str]]:
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 14), reason="the figures are those of CPython 3.14")
-@pytest.mark.parametrize("operation", ["ping", "find", "page", "insert", "update", "getMore"])
+@pytest.mark.parametrize("operation", ["ping", "find", "page", "insert", "update", "updateInLine", "getMore"])
 async def test_instructions(
     cluster: Cluster, client: MongoClient[Document], monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     if operation == "getMore":
         monkeypatch.setattr("pg_ferret.engine.shared._CROWD", 0.0)  # as among many clients
+    if operation == "updateInLine":
+        monkeypatch.setattr("pg_ferret.engine.pool._CROWD", 0)
+        monkeypatch.setattr("pg_ferret.engine.pool._NO_CROWD", -1)
     client.cost.c.drop()
     client.cost.c.insert_many([{"_id": number} for number in range(_WARM + _MEASURED + 10)])
-    config = configuration(cluster, pool_min_conns=2, pool_max_conns=4)
+    config = configuration(cluster, pool_min_conns=2, pool_max_conns=4 if operation != "updateInLine" else 8)
     pool = Pool(conninfo(config), pool_limits(config), pytest.fail, pytest.fail)
     with tempfile.TemporaryDirectory() as place:
         services = Services(config, pool, Cursors(Path(place)), StatusTable(2), 1)

@@ -108,6 +108,7 @@ class Server:
         self.syncs = 0
         self.cancelled = 0
         self.results: list[Result] = []  # that have arrived
+        self._between = False  # a call's results end with None
 
     def enter_pipeline_mode(self) -> None: ...
 
@@ -126,10 +127,15 @@ class Server:
     def consume_input(self) -> None: ...
 
     def is_busy(self) -> int:
-        return not self.results
+        return not self.results and not self._between
 
-    def get_result(self) -> Result:
-        return self.results.pop(0)
+    def get_result(self) -> Result | None:
+        if self._between:
+            self._between = False
+            return None
+        result = self.results.pop(0)
+        self._between = result.status != int(pq.ExecStatus.PIPELINE_SYNC)
+        return result
 
     async def cancel_safe(self, **_: Any) -> None:
         self.cancelled += 1

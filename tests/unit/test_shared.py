@@ -9,10 +9,13 @@ import pytest
 
 from pg_ferret.engine.backend import Backend, Lender
 from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
+from pg_ferret.engine.costs import CHEAP_SECONDS, Costs
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
+from pg_ferret.engine.pages import LOOKED_AT, PageLine
 from pg_ferret.engine.pipeline import LARGE_BYTES, Row
+from pg_ferret.engine.points import PointLine
 from pg_ferret.engine.scheduling import Work
-from pg_ferret.engine.shared import CHEAP_SECONDS, LOOKED_AT, Costs, Reads, SharedLine
+from pg_ferret.engine.shared import Reads
 from pg_ferret.errors import EngineError
 from tests.turns import settle
 from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
@@ -39,7 +42,8 @@ class Stage:
         for shape in (_SHAPE, _OTHER_SHAPE):
             costs.note(shape, 0.0, 0.0)
         self.server.prepared_names |= {AGGREGATE.name, FIND.name, GET_MORE.name}
-        self.line = SharedLine(cast(Any, self.server), cast(Any, self.loop), costs, owner, together=together)
+        line = PointLine if together else PageLine
+        self.line = line(cast(Any, self.server), cast(Any, self.loop), costs, owner)
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
         self.waiters = [self.line.add(read) for read in self.reads]
         self.loop.run()
@@ -108,11 +112,12 @@ def test_a_read_that_opens_a_cursor_is_made_elsewhere() -> None:
     assert stage.costs.slow(_SHAPE)
 
 
-def test_a_read_that_goes_on_with_a_cursor_is_not(stage: Stage) -> None:
+def test_a_read_that_goes_on_with_a_cursor_is_not() -> None:
+    stage = Stage(GET_MORE, together=False)
     stage.server.give(stage.line, row(b"page", b"more"))
     assert stage.waiters[0].result() == (b"page", b"more")
     assert stage.elsewhere == []
-    assert stage.costs.cheap(_SHAPE)
+    assert _SHAPE in stage.costs.cheap
 
 
 def test_an_answered_batch_whose_end_is_late_is_no_stall(stage: Stage) -> None:
@@ -263,7 +268,7 @@ def pages(stage: Stage, seconds: float) -> bool:
 def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None, seconds: float, joins: bool
 ) -> None:
-    monkeypatch.setattr("pg_ferret.engine.shared.work_of", kernel.work_of if kernel else lambda _: None)
+    monkeypatch.setattr("pg_ferret.engine.pages.work_of", kernel.work_of if kernel else lambda _: None)
     stage = Stage(GET_MORE, together=False)
     assert stage.line.takes(stage.reads[0])
     assert pages(stage, seconds) == joins
@@ -274,7 +279,7 @@ def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
 
 def test_they_do_again_when_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(0.02)
-    monkeypatch.setattr("pg_ferret.engine.shared.work_of", kernel.work_of)
+    monkeypatch.setattr("pg_ferret.engine.pages.work_of", kernel.work_of)
     stage = Stage(GET_MORE, together=False)
     assert not pages(stage, 0.02)
     assert stage.costs.cheap_seconds == CHEAP_SECONDS
@@ -283,12 +288,12 @@ def test_they_do_again_when_that_is_over(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_where_all_pages_take_long_the_same_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_ferret.engine.shared.work_of", Kernel(0.0003, 1.0).work_of)
+    monkeypatch.setattr("pg_ferret.engine.pages.work_of", Kernel(0.0003, 1.0).work_of)
     stage = Stage(GET_MORE, together=False)
     for mean, limit in ((0.0005, 0.004), (0.005, 0.02), (0.02, 0.05), (0.0005, 0.004)):
         pages(stage, mean)
         stage.costs.note(_OTHER_SHAPE, limit * 0.9, stage.loop.now)
-        assert stage.costs.cheap(_OTHER_SHAPE)
+        assert _OTHER_SHAPE in stage.costs.cheap
         stage.costs.note(_OTHER_SHAPE, limit * 1.1, stage.loop.now)
         assert stage.costs.slow(_OTHER_SHAPE)
 
@@ -308,19 +313,19 @@ def test_pages_of_which_one_took_long_stay_away_for_a_while() -> None:
     stage = Stage(GET_MORE, together=False)
     page(stage, 0.02)
     stage.costs.note(_SHAPE, 0.0, stage.loop.now)
-    assert stage.costs.cheap(_SHAPE)
+    assert _SHAPE in stage.costs.cheap
     page(stage, 0.03)
     now = stage.loop.now
     for later, cheap in ((0.0, False), (0.9, False), (1.1, True)):
         stage.costs.note(_SHAPE, 0.0, now + later)
-        assert (stage.costs.cheap(_SHAPE), stage.costs.slow(_SHAPE)) == (cheap, not cheap)
+        assert (_SHAPE in stage.costs.cheap, stage.costs.slow(_SHAPE)) == (cheap, not cheap)
 
 
 def test_a_slow_read_stays_away_until_one_is_cheap() -> None:
     costs = Costs()
     for seconds, cheap in ((0.005, False), (0.003, True), (0.005, False), (0.005, False), (0.003, True)):
         costs.note(_SHAPE, seconds, 0.0)
-        assert (costs.cheap(_SHAPE), costs.slow(_SHAPE)) == (cheap, not cheap)
+        assert (_SHAPE in costs.cheap, costs.slow(_SHAPE)) == (cheap, not cheap)
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -1,0 +1,42 @@
+"""What reads cost."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Seconds: what takes no longer is cheap.
+CHEAP_SECONDS: Final = 0.004
+# Shapes of reads whose cost is remembered.
+_MOST_SHAPES: Final = 10_000
+
+
+class Costs:
+    """Which shapes of reads have been cheap lately.  Times are the loop's."""
+
+    __slots__ = ("_slow", "cheap", "cheap_seconds")
+
+    def __init__(self) -> None:
+        self.cheap_seconds = CHEAP_SECONDS  # how long a read may take
+        self.cheap: set[int] = set()  # the shapes whose last read was cheap; those never seen are not
+        self._slow: dict[int, float] = {}  # shape -> from when on one that is cheap will do
+
+    def slow(self, shape: int) -> bool:
+        """Whether reads of this shape are known not to be cheap."""
+        return shape in self._slow
+
+    def note(self, shape: int, seconds: float, now: float) -> None:
+        """A read of this shape has taken so long."""
+        if seconds > self.cheap_seconds:
+            self.keep_away(shape, now)
+        elif self._slow.get(shape, now) <= now:
+            self._slow.pop(shape, None)
+            if len(self.cheap) >= _MOST_SHAPES:
+                self.cheap.clear()
+            self.cheap.add(shape)
+
+    def keep_away(self, shape: int, until: float) -> None:
+        """Reads of this shape are not cheap, whatever they take until then."""
+        self.cheap.discard(shape)
+        if len(self._slow) >= _MOST_SHAPES:
+            self._slow.clear()
+        self._slow[shape] = max(until, self._slow.get(shape, until))

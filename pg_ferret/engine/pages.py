@@ -1,0 +1,167 @@
+"""A connection for the pages of many clients.
+
+They go out one by one, each a transaction of its own, so that they may open cursors; what they gain is a process of
+PostgreSQL that stays awake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final
+
+import psycopg
+from psycopg import pq
+
+from pg_ferret.engine.calls import GET_MORE
+from pg_ferret.engine.costs import CHEAP_SECONDS, Costs
+from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
+from pg_ferret.engine.pipeline import (
+    COMMAND_OK,
+    LARGE_BYTES,
+    PIPELINE_ABORTED,
+    PIPELINE_SYNC,
+    TUPLES_OK,
+    Row,
+    Session,
+)
+from pg_ferret.engine.scheduling import work_of
+from pg_ferret.engine.shared import MOST_WAITING, SLOW_TIMES, ReadLine, Waiting
+
+# A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
+# than so many times the mean is cheap there, as long as it takes no more than so many seconds.
+_CHEAP_TIMES: Final = 4.0
+_MOST_CHEAP_SECONDS: Final = STALL_SECONDS / 2
+# And where a page takes so much longer than it may, pages like it stay away for a while: they differ in what they cost.
+_LONG_SECONDS: Final = 0.02
+_AWAY_SECONDS: Final = 1.0
+# Where pages, in the mean of so many, take PostgreSQL more of a processor's time, nobody joins others: to wake it up
+# for each costs next to nothing then.  Nor where they take more time, and it runs or waits for a processor for less
+# than such a part of it: it waits for a disk or a lock, and those behind it would wait with it.
+LOOKED_AT: Final = 32
+_HEAVY_SECONDS: Final = 0.001
+_BUSY_PART: Final = 1 / 3
+# libpq reads 16 kB at a time: behind a page of so many bytes it has hardly read the next one, which may have come.
+_READ_ON_BYTES: Final = 8192
+
+
+class PageLine(ReadLine):
+    """The connection."""
+
+    __slots__ = ("_heavy", "_pages", "_queue", "_read_on", "_taken", "_work")
+
+    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
+        self._queue: deque[Waiting] = deque()  # the server is at the first one
+        self._heavy = False  # whether nobody is to wait behind others
+        self._pages = 0  # since their cost was last looked at
+        self._taken = 0.0  # and how long they took
+        self._read_on = False  # whether libpq may have left the next page in the socket
+        super().__init__(conn, loop, costs, owner)
+        self._work = work_of(self.pid)  # what PostgreSQL had done then
+
+    def takes(self, read: Shared) -> bool:
+        queue = self._queue
+        if self._leaving or read.shape not in self._costs.cheap or len(queue) >= MOST_WAITING:
+            return False
+        return not queue or (not self._heavy and self._loop.time() <= self._late)
+
+    @property
+    def full(self) -> bool:
+        return len(self._queue) >= MOST_WAITING
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue) - self._answered
+
+    def add(self, read: Shared) -> asyncio.Future[Row]:
+        waiter: asyncio.Future[Row] = self._loop.create_future()
+        if not self._queue:
+            self._begin(self._loop.time(), 1)
+            self.busy = True
+            self.idle_ticks = 0
+            self._be_watched()
+        self._queue.append((read, waiter))
+        call, params, _, _ = read
+        try:
+            if call.name not in self._prepared:
+                self._prepare(call)
+            self._pg.send_query_prepared(call.name, params, call.formats, 1)
+            self._sync()
+        except psycopg.Error:
+            self._end()
+        return waiter
+
+    def _take(self, result: pq.abc.PGresult, status: int) -> None:
+        if status == TUPLES_OK:
+            get = result.get_value
+            read, waiter = self._queue[0]
+            self._answered = 1
+            page, following = get(0, 0), get(0, 1)
+            size = 0 if page is None else len(page)
+            self._read_on = size >= _READ_ON_BYTES
+            if size > LARGE_BYTES:
+                self.swollen = True
+                self._costs.keep_away(read.shape, self._loop.time())
+            # One that opens a cursor brings its id, too.
+            opened = following is not None and read.call is not GET_MORE
+            row: Row = (page, following, get(0, 2)) if opened else (page, following)
+            if waiter.done():
+                self._owner.unclaimed(read.call, row)
+            else:
+                waiter.set_result(row)
+        elif status == PIPELINE_SYNC:
+            self._finish()
+            if self._read_on and self.busy and self._pg.is_busy():
+                self._pg.consume_input()
+        elif status == COMMAND_OK:
+            self._prepared.add(self._preparing.pop(0))
+        elif status != PIPELINE_ABORTED:
+            self._fail(result)
+
+    def _answer(self) -> Waiting:
+        self._answered = 1
+        return self._queue[0]
+
+    def _finish(self) -> None:
+        """The server has done with the first one."""
+        read, waiter = self._queue.popleft()
+        now = self._loop.time()
+        seconds = now - self._since
+        self._taken += seconds
+        self._pages += 1
+        if self._pages == LOOKED_AT:
+            self._judge()
+        if now - self._late > _LONG_SECONDS:
+            self._costs.keep_away(read.shape, now + _AWAY_SECONDS)
+        elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
+            self._costs.keep_away(read.shape, now)
+        if self._queue:
+            self._begin(now, 1)
+        else:
+            self.busy = False
+        if not self._answered:  # the statement of the one before it was not to be had
+            self._elsewhere(read, waiter)
+        self._answered = 0
+        if self._leaving:
+            self.retire()
+
+    def _judge(self) -> None:
+        """Now and then, by what the last pages have cost: may others wait behind them, and how long is late?"""
+        mean = self._taken / LOOKED_AT
+        self._pages = 0
+        self._taken = 0.0
+        before, now = self._work, work_of(self.pid)
+        self._work = now
+        heavy = mean > _HEAVY_SECONDS
+        if before is not None and now is not None:
+            ran = (now.ran - before.ran) / LOOKED_AT
+            waited = (now.waited - before.waited) / LOOKED_AT
+            heavy = ran > _HEAVY_SECONDS or (heavy and ran + waited < _BUSY_PART * mean)
+        self._heavy = heavy
+        late = CHEAP_SECONDS if heavy else _CHEAP_TIMES * mean
+        self._costs.cheap_seconds = min(max(CHEAP_SECONDS, late), _MOST_CHEAP_SECONDS)
+
+    def _clear(self) -> list[Waiting]:
+        waiting = list(self._queue)[self._answered :]
+        self._queue.clear()
+        return waiting

@@ -1,0 +1,135 @@
+"""A connection for the point reads of many clients.
+
+One takes PostgreSQL less time than it takes to wake a process up, so the reads that arrive in one turn of the event
+loop go out together: one write, one transaction, one answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+import psycopg
+from psycopg import pq
+
+from pg_ferret.engine.costs import Costs
+from pg_ferret.engine.lines import Owner, Shared
+from pg_ferret.engine.pipeline import (
+    COMMAND_OK,
+    LARGE_BYTES,
+    PIPELINE_ABORTED,
+    PIPELINE_SYNC,
+    TUPLES_OK,
+    Row,
+    Session,
+)
+from pg_ferret.engine.shared import MOST_WAITING, SLOW_TIMES, ReadLine, Waiting
+
+
+class PointLine(ReadLine):
+    """The connection.  What has been given to it in one turn is a batch, in which none may open a cursor."""
+
+    __slots__ = ("_batches", "_filling", "_scheduled")
+
+    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
+        self._filling: list[Waiting] = []  # given to libpq, not yet sent
+        self._batches: deque[list[Waiting]] = deque()  # on their way, the oldest first
+        self._scheduled = False
+        super().__init__(conn, loop, costs, owner)
+
+    def takes(self, read: Shared) -> bool:
+        batches = self._batches
+        if self._leaving or read.shape not in self._costs.cheap or len(self._filling) + len(batches) >= MOST_WAITING:
+            return False
+        return not batches or self._loop.time() <= self._late
+
+    @property
+    def full(self) -> bool:
+        return len(self._filling) + len(self._batches) >= MOST_WAITING
+
+    @property
+    def waiting(self) -> int:
+        return len(self._filling) + sum(map(len, self._batches)) - self._answered
+
+    def add(self, read: Shared) -> asyncio.Future[Row]:
+        waiter: asyncio.Future[Row] = self._loop.create_future()
+        self._filling.append((read, waiter))
+        call, params, _, _ = read
+        try:
+            if call.name not in self._prepared:
+                self._prepare(call)
+            self._pg.send_query_prepared(call.name, params, call.formats, 1)
+        except psycopg.Error:
+            self._end()
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._send)
+        return waiter
+
+    def _send(self) -> None:
+        """At the end of the loop's turn: all that have come in it."""
+        self._scheduled = False
+        batch = self._filling
+        if not batch:
+            return
+        if not self._batches:
+            self._begin(self._loop.time(), len(batch))
+            self.busy = True
+            self.idle_ticks = 0
+            self._be_watched()
+        self._batches.append(batch)
+        self._filling = []
+        try:
+            self._sync()
+        except psycopg.Error:
+            self._end()
+
+    def _take(self, result: pq.abc.PGresult, status: int) -> None:
+        if status == TUPLES_OK:
+            get = result.get_value
+            read, waiter = self._batches[0][self._answered]
+            self._answered += 1
+            page, following = get(0, 0), get(0, 1)
+            if page is not None and len(page) > LARGE_BYTES:
+                self.swollen = True
+                self._costs.keep_away(read.shape, self._loop.time())
+            if following is not None:
+                # It has opened a cursor, which the engine keeps no longer than the batch lasts.
+                self._costs.keep_away(read.shape, self._loop.time())
+                self._elsewhere(read, waiter)
+            elif not waiter.done():
+                waiter.set_result((page, None))
+        elif status == PIPELINE_SYNC:
+            self._finish(self._batches.popleft())
+        elif status == COMMAND_OK:
+            self._prepared.add(self._preparing.pop(0))
+        elif status != PIPELINE_ABORTED:
+            self._fail(result)  # and those behind it in the batch are answered elsewhere
+
+    def _answer(self) -> Waiting:
+        self._answered += 1
+        return self._batches[0][self._answered - 1]
+
+    def _finish(self, batch: list[Waiting]) -> None:
+        """The server has done with a batch."""
+        now = self._loop.time()
+        seconds = (now - self._since) / len(batch)
+        if self._batches:
+            self._begin(now, len(self._batches[0]))
+        else:
+            self.busy = False
+        if seconds > SLOW_TIMES * self._costs.cheap_seconds:
+            for read, _ in batch:  # one of them is to blame: each has to show anew what it costs
+                self._costs.keep_away(read.shape, now)
+        if self._answered < len(batch):
+            for waiting in batch[self._answered :]:
+                self._elsewhere(*waiting)
+        self._answered = 0
+        if self._leaving:
+            self.retire()
+
+    def _clear(self) -> list[Waiting]:
+        waiting = [*(one for batch in self._batches for one in batch), *self._filling][self._answered :]
+        self._batches.clear()
+        self._filling = []
+        return waiting
