@@ -8,31 +8,28 @@ free waits in line, for at most ``ferretdb.query_wait_timeout``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
-from functools import partial
-from typing import NamedTuple
 
 import psycopg
 import psycopg_pool
 import structlog
 
 from pg_ferret.engine.backend import Backend, Lender
-from pg_ferret.engine.calls import DELETE_CURSORS, FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call, id_array, streams
-from pg_ferret.engine.commits import Commits, Committed, unknown
-from pg_ferret.engine.costs import Costs
+from pg_ferret.engine.calls import FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call
+from pg_ferret.engine.commits import Committed, unknown
+from pg_ferret.engine.duties import Duties, Duty
+from pg_ferret.engine.leftovers import Leftovers
 from pg_ferret.engine.limits import Limits
-from pg_ferret.engine.lines import Line, Lines, Owner, Shared
-from pg_ferret.engine.pages import PageLine
+from pg_ferret.engine.lines import Line, Owner, Shared
 from pg_ferret.engine.pipeline import LARGE_BYTES, Params, Pipeline, Row, Session
-from pg_ferret.engine.points import PointLine
+from pg_ferret.engine.queue import Queue, Request
 from pg_ferret.engine.scheduling import Stopwatch, schedule
-from pg_ferret.engine.shared import ReadLine, Reads
+from pg_ferret.engine.shared import Reads
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
-from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
+from pg_ferret.engine.unheeding import Unheeding
+from pg_ferret.engine.writes import Room
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
 
 TICK_SECONDS = 5.0
@@ -46,45 +43,7 @@ _CLOSE_SECONDS = 0.5
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
 _INSTALLING_SECONDS = 5.0
 _SHORTAGE_LOG_SECONDS = 5.0
-# How often somebody looks after the requests that wait for a connection.
-_LOOK_SECONDS = 0.05
-# A page takes PostgreSQL ten times a point read's time: one of its processes keeps a processor busy, and more of them
-# than the worker's share of processors only take turns.  A write takes as long as it takes the worker to serve it; one
-# line is enough until many wait in it.
-_LINES_OF_FINDS = 1
-_MOST_LINES_OF_PAGES = 2
-_MOST_LINES_OF_WRITES = 2
-# A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way on,
-# until there are so few. A mixture of both would be slower than either.
-_CROWD = 6
-_NO_CROWD = 2
 _log = structlog.get_logger()
-
-
-Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
-
-
-class _Unheeding(NamedTuple):
-    """A query that goes on though nobody waits for it: what was shown, and the time of the cancel request."""
-
-    text: str
-    since: datetime
-
-
-class _Request:
-    """A call that waits for a connection."""
-
-    __slots__ = ("call", "deadline", "params", "timeout_ms", "waiter", "watch")
-
-    def __init__(
-        self, call: Call, params: Params, timeout_ms: bytes | None, waiter: asyncio.Future[Row], deadline: float
-    ) -> None:
-        self.call = call
-        self.params = params
-        self.timeout_ms = timeout_ms
-        self.waiter = waiter
-        self.deadline = deadline  # on the loop's clock; infinity: it waits for ever
-        self.watch: Stopwatch | None = None  # to be started when it gets its connection
 
 
 class Pool:
@@ -95,38 +54,25 @@ class Pool:
     ) -> None:
         """`trouble` is told when PostgreSQL cannot be reached, `going_on` when it begins or ends to ignore a cancel."""
         self._trouble = trouble
-        self._going_on = going_on
-        self._unheeding: dict[Backend, _Unheeding] = {}
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._idle: list[Backend] = []
         self._all: set[Backend] = set()
-        self._waiting: deque[_Request] = deque()
+        self._queue = Queue(self._loop, self._overdue)
+        self._unheeding = Unheeding(going_on)
+        self._leftovers = Leftovers(self.call, self._spawn)
         self._shortage_told = -math.inf
-        self._watching = False  # whether anybody looks after those who wait
         self._growing = 0
         self._reachable = True
         self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._bereft: list[int] = []  # cursors whose clients have gone
-        self._commits = Commits(self._loop, self._flush_elsewhere, self._writes_in_line)
-        shapes = Shapes()
-        self._lender = Lender(self._release, self._ended, self._commits.add, self._unclaimed)
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
-
-        def reads(line: type[PointLine] | type[PageLine]) -> Reads:
-            costs = Costs()
-            make = partial(line, loop=self._loop, costs=costs, owner=owner)
-            return Reads(make, costs, self._measure, self._has_room)
-
-        self.finds = reads(PointLine)
-        self.pages = reads(PageLine)
-        make = partial(WriteLine, loop=self._loop, shapes=shapes, committed=self._commits.add, owner=owner)
-        self.writes = Writes(make, shapes, Room(self._crowded, self._alone, self.call, self._has_room, self._want))
-        self._crowd = False  # whether writes share
-        self._sharing = 0  # connections that are lines
-        self._wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
-        self._allot_lines()
+        room = Room(self._crowded, self._alone, self.call, self._has_room, self._want)
+        self._duties = duties = Duties(self._loop, owner, room, self._measure, self._flush_elsewhere)
+        self._commits = duties.commits
+        self.finds, self.pages, self.writes = duties.finds, duties.pages, duties.writes
+        duties.allot(limits)
+        self._lender = Lender(self._release, self._ended, self._commits.add, self._unclaimed)
         self._elsewhere_now: dict[asyncio.Task[None], asyncio.Future[Row]] = {}
         self._closed = False
         self._source = psycopg_pool.AsyncConnectionPool(
@@ -145,19 +91,19 @@ class Pool:
     @property
     def size(self) -> int:
         """Connections leased."""
-        return len(self._all) + self._sharing
+        return len(self._all) + self._duties.connections
 
     @property
     def in_use(self) -> int:
         """Connections that serve a request now."""
         flusher = self._commits.backend
         resting = len(self._idle) + (flusher is not None and not flusher.busy)
-        return len(self._all) - resting + sum(line.busy for line in self._lines())
+        return len(self._all) - resting + sum(line.busy for line in self._duties.lines())
 
     @property
     def waiting(self) -> int:
         """Requests in line."""
-        return len(self._waiting)
+        return len(self._queue.requests)
 
     async def open(self) -> None:
         """Start connecting, as soon as the engine is installed; returns at once.  Requests that came before waited."""
@@ -165,7 +111,7 @@ class Pool:
             return
         self._open = True
         await self._source.open(wait=False)
-        for _ in self._waiting:
+        for _ in self._queue.requests:
             self._grow()
         for _ in range(self._limits.smallest):
             self._grow()
@@ -184,9 +130,9 @@ class Pool:
         ]
         if running:
             await asyncio.wait(running, timeout=_CLOSE_SECONDS)
-        self._all.update(self._unheeding)
-        for line in self._lines():
-            self._remove_line(line)
+        self._all.update(self._unheeding.queries)
+        for line in self._duties.lines():
+            self._duties.remove(line)
             line.drop()
             await self._put_back(line)
         for backend in tuple(self._all):
@@ -196,10 +142,12 @@ class Pool:
     async def resize(self, limits: Limits) -> None:
         """Live under new limits; connections above them go when they are next idle."""
         if limits.batch != self._limits.batch:
-            for pipeline in (*self._all, *self._unheeding, *self._lines()):
+            for pipeline in (*self._all, *self._unheeding.queries, *self._duties.lines()):
                 schedule(pipeline.pid, batch=limits.batch)
         self._limits = limits
-        self._allot_lines()
+        self._duties.allot(limits)
+        if not self._commits.allowed:
+            self._disband()
         if not self._open:
             return
         await self._resize_source()
@@ -207,7 +155,7 @@ class Pool:
             await self._give_back(self._idle[0])
         for _ in range(limits.smallest - len(self._all) - self._growing):
             self._grow()
-        for _ in range(min(len(self._waiting), limits.largest - len(self._all))):
+        for _ in range(min(self.waiting, limits.largest - len(self._all))):
             self._grow()
 
     def call(self, call: Call, params: Params, timeout_ms: bytes | None = None) -> Awaitable[Row]:
@@ -230,34 +178,17 @@ class Pool:
         return self._alone(call, params)
 
     def _alone(self, call: Call, params: Params) -> Awaitable[Row]:
-        commits = self._commits
-        if commits.backend is None and commits.allowed and self._under_way() >= _CROWD:
-            self._want(commits)
+        if self._commits.backend is None and self._duties.flush_pays(self._under_way()):
+            self._want(self._commits)
         return self.call(call, (*params, FALSE))
 
     def _under_way(self) -> int:
         """Requests that have a connection of their own or wait for one."""
         flusher = self._commits.backend is not None
-        return len(self._all) - len(self._idle) - flusher + len(self._waiting)
+        return len(self._all) - len(self._idle) - flusher + len(self._queue.requests)
 
     def _crowded(self) -> bool:
-        """Whether so many others are under way that the next write had better share connection and flush with them."""
-        commits = self._commits
-        if commits.backend is None or not commits.allowed:
-            self._crowd = False
-            return False
-        others = self._under_way() + commits.pending + self._writes_in_line()
-        if others >= _CROWD:
-            self._crowd = True
-        elif others <= _NO_CROWD:
-            self._crowd = False
-        return self._crowd
-
-    def _writes_in_line(self) -> int:
-        waiting = 0
-        for line in self.writes.all:
-            waiting += len(line.queue)
-        return waiting
+        return self._commits.backend is not None and self._duties.crowded(self._under_way())
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:
@@ -278,24 +209,6 @@ class Pool:
             error = unknown(refused)
         finally:
             committed.tell(error)
-
-    def _lines(self) -> list[Line]:
-        return [*self.finds.all, *self.pages.all, *self.writes.all]
-
-    def _allot_lines(self) -> None:
-        """Half of the connections are for those who need one of their own."""
-        processors = self._limits.processors
-        room = self._limits.largest // 2
-        finds = min(_LINES_OF_FINDS, room)
-        # Beside the first line of writes one to flush what they commit, and one for pages.
-        writes = min(_MOST_LINES_OF_WRITES, processors, max(0, room - finds - 2))
-        flush = writes > 0
-        self.finds.allot(finds)
-        self.writes.allot(writes)
-        self.pages.allot(min(_MOST_LINES_OF_PAGES, processors, room - finds - writes - flush))
-        self._commits.allowed = flush
-        if not flush:
-            self._disband()
 
     def _flushed(self, flusher: Backend) -> None:
         """The connection that flushes has done so; it serves nobody else."""
@@ -340,52 +253,35 @@ class Pool:
         return row
 
     def _want(self, duty: Duty) -> None:
-        """Another connection is to serve in this way."""
-        if duty not in self._wanted:
-            self._wanted.append(duty)
-            if self._idle and self._takes_duty(self._idle[-1]):
-                self._idle.pop()
+        if self._duties.want(duty) and self._idle and self._takes_duty(self._idle[-1]):
+            self._idle.pop()
 
     def _takes_duty(self, backend: Backend) -> bool:
         """Have a connection that is free share reads or flush commits from now on, if that is wanted and it fits."""
-        for duty in self._wanted:
-            if not duty.fits(backend):
-                continue
-            if (
-                len(self._all) - (self._commits.backend is not None) < 2
-            ):  # never the last one: PostgreSQL might have no other for us
-                if not self._growing:
-                    self._grow()
-                return False
-            self._wanted.remove(duty)
-            if isinstance(duty, Commits):
-                if not duty.allowed or duty.backend is not None:
-                    return False
-                duty.backend = backend
-                backend.released = self._flushed
-            elif duty.due:
-                self._all.discard(backend)
-                backend.detach()
-                duty.add(backend.connection)
-                self._sharing += 1
-            else:
-                return False
-            self._grow_if_needed()
-            return True
-        return False
-
-    def _remove_line(self, line: Line) -> bool:
-        found = self.finds.remove(line) or self.pages.remove(line) or self.writes.remove(line)
-        self._sharing -= found
-        return found
+        duty = self._duties.fitting(backend)
+        if duty is None:
+            return False
+        if len(self._all) - (self._commits.backend is not None) < 2:
+            # Never the last one: PostgreSQL might have no other for us.
+            if not self._growing:
+                self._grow()
+            return False
+        if not self._duties.give(duty, backend):
+            return False
+        if duty is self._commits:
+            backend.released = self._flushed
+        else:
+            self._all.discard(backend)
+        self._grow_if_needed()
+        return True
 
     def _line_ended(self, line: Line) -> None:
-        if self._remove_line(line):
+        if self._duties.remove(line):
             self._spawn(self._put_back(line))
 
     def _line_stalled(self, line: Line, request: Shared) -> None:
         """A request on a shared connection goes on and on: it is cancelled there as if its client had gone."""
-        if self._remove_line(line):
+        if self._duties.remove(line):
             backend = self._backend(line.connection)
             backend.abandon()
             self._all.add(backend)
@@ -396,17 +292,8 @@ class Pool:
         return Backend(connection, self._loop, self._lender)
 
     def _unclaimed(self, call: Call, row: Row) -> None:
-        """Nobody waits for a row any more: if it has opened a cursor, the engine may keep the result in a file."""
-        if self._closed or not call.opens or not row or row[1] is None or row[2] is None or streams(row[1]):
-            return
-        if not self._bereft:
-            self._spawn(self._delete_bereft())
-        self._bereft.append(int.from_bytes(row[2], "big"))
-
-    async def _delete_bereft(self) -> None:
-        taken, self._bereft = self._bereft, []
-        with contextlib.suppress(CommandError, EngineError, EngineLostError):  # else the housekeeper finds the files
-            await self.call(DELETE_CURSORS, (id_array(taken),))
+        if not self._closed:
+            self._leftovers.note(call, row)
 
     def _elsewhere(self, request: Shared, waiter: asyncio.Future[Row]) -> None:
         task = self._spawn(self._again(request, waiter))
@@ -436,43 +323,23 @@ class Pool:
                 backend.held = True  # now: before the task begins, the call may end and the next one be given it
                 self._spawn(self._recover(backend, request))
 
-    def _wait(self, call: Call, params: Params, timeout_ms: bytes | None, *, first: bool = False) -> _Request:
+    def _wait(self, call: Call, params: Params, timeout_ms: bytes | None, *, first: bool = False) -> Request:
         """Have a call made on the next connection that comes free; the ``first`` one before others."""
         seconds = self._limits.wait_seconds if self._open else _INSTALLING_SECONDS
-        deadline = math.inf if seconds is None else self._loop.time() + seconds
-        request = _Request(call, params, timeout_ms, self._loop.create_future(), deadline)
-        if first:
-            self._waiting.appendleft(request)
-        else:
-            self._waiting.append(request)
+        request = self._queue.add(call, params, timeout_ms, seconds, first=first)
         self._grow()
-        if not self._watching:
-            self._watching = True
-            self._loop.call_later(_LOOK_SECONDS, self._look_after_waiting)
         return request
 
-    def _look_after_waiting(self) -> None:
-        """Those go whose time is up, and those for whom nobody waits any more."""
-        now = self._loop.time()
-        waiting = self._waiting
-        for _ in range(len(waiting)):
-            request = waiting.popleft()
-            if request.waiter.done():
-                continue
-            if request.deadline > now:
-                waiting.append(request)
-            elif self._open:
-                # ExceededTimeLimit is in the drivers' list of retryable errors.
-                text = "no PostgreSQL connection came free in time (ferretdb.query_wait_timeout)"
-                request.waiter.set_exception(CommandError(262, text))
-                self._tell_shortage(now)
-            else:
-                request.waiter.set_exception(CommandError(6, EXTENSION_MISSING))
-        self._watching = bool(waiting)
-        if waiting:
-            self._loop.call_later(_LOOK_SECONDS, self._look_after_waiting)
+    def _overdue(self) -> CommandError:
+        """What a request is told for which no connection came free in time."""
+        if not self._open:
+            return CommandError(6, EXTENSION_MISSING)
+        self._tell_shortage()
+        # ExceededTimeLimit is in the drivers' list of retryable errors.
+        return CommandError(262, "no PostgreSQL connection came free in time (ferretdb.query_wait_timeout)")
 
-    def _tell_shortage(self, now: float) -> None:
+    def _tell_shortage(self) -> None:
+        now = self._loop.time()
         if now - self._shortage_told < _SHORTAGE_LOG_SECONDS:
             return
         self._shortage_told = now
@@ -485,20 +352,18 @@ class Pool:
 
     def _release(self, backend: Backend) -> None:
         """A connection has come free."""
-        if backend.lost or (self._unheeding and not self._heeds(backend)):
+        if backend.lost or (self._unheeding.queries and self._was_unheeding(backend)):
             return
         if backend.spent or self.size > self._limits.largest:
             self._spawn(self._give_back(backend))
             return
-        if self._wanted and self._takes_duty(backend):
+        if self._duties.wanted and self._takes_duty(backend):
             return
-        while self._waiting:
-            request = self._waiting.popleft()
-            if not request.waiter.done():
-                if request.watch is not None:
-                    request.watch.start(backend.pid)
-                backend.execute(request.call, request.params, request.timeout_ms, request.waiter)
-                return
+        if self._queue.requests and (request := self._queue.take()) is not None:
+            if request.watch is not None:
+                request.watch.start(backend.pid)
+            backend.execute(request.call, request.params, request.timeout_ms, request.waiter)
+            return
         backend.idle_ticks = 0
         self._idle.append(backend)
 
@@ -507,36 +372,29 @@ class Pool:
         since = datetime.now(UTC)
         if await backend.cancel() or backend not in self._all:
             return
-        # Its place is another's from now on.  We stay connected to see it end: hanging up would not stop it either.
-        text = f"{request}: PostgreSQL backend {backend.pid} ignores its cancel request since {since:%H:%M:%S} UTC"
-        _log.warning("a query ignores its cancel request", request=request, backend_pid=backend.pid, since=since)
-        self._going_on(text, True)
+        # Its place is another's from now on.
         self._all.discard(backend)
-        self._unheeding[backend] = _Unheeding(text, since)
+        self._unheeding.add(backend, request, since)
         await self._resize_source()
         self._grow_if_needed()
 
     async def _resize_source(self) -> None:
         """psycopg_pool counts connections that do not heed us: as many more are allowed, up to twice the limit."""
         limits = self._limits
-        extra = min(len(self._unheeding), limits.largest)
+        extra = min(len(self._unheeding.queries), limits.largest)
         await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1) + extra)
 
-    def _heeds(self, backend: Backend) -> bool:
-        """Whether a connection that has come free may serve on; one that ignored us has just ended its query."""
-        late = self._unheeding.pop(backend, None)
-        if late is None:
-            return True
-        seconds = (datetime.now(UTC) - late.since).total_seconds()
-        _log.info("a query that ignored its cancel request has ended", backend_pid=backend.pid, seconds=round(seconds))
-        self._going_on(late.text, False)
+    def _was_unheeding(self, backend: Backend) -> bool:
+        """Whether a connection that has come free ignored us: then it serves nobody else."""
+        if not self._unheeding.ended(backend):
+            return False
         self._all.add(backend)
         self._spawn(self._give_back(backend))
         self._spawn(self._resize_source())
-        return False
+        return True
 
     def _grow_if_needed(self) -> None:
-        if self._waiting or len(self._all) + self._growing < self._limits.smallest:
+        if self._queue.requests or len(self._all) + self._growing < self._limits.smallest:
             self._grow()
 
     def _grow(self) -> None:
@@ -568,7 +426,7 @@ class Pool:
 
     def _ended(self, backend: Backend) -> None:
         """The server closed a connection: it must serve nobody, and psycopg_pool opens another."""
-        if self._unheeding and not self._heeds(backend):
+        if self._unheeding.queries and self._was_unheeding(backend):
             return
         _log.info("PostgreSQL has closed a connection", backend_pid=backend.pid)
         if backend in self._idle:
@@ -611,7 +469,7 @@ class Pool:
             flusher.idle_ticks += 1
             if flusher.idle_ticks > _IDLE_TICKS:
                 self._disband()
-        for line in self._lines():
+        for line in self._duties.lines():
             if not line.busy:
                 line.idle_ticks += 1
                 if line.swollen or line.idle_ticks > _IDLE_TICKS:

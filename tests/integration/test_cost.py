@@ -40,15 +40,13 @@ NewCluster = Callable[..., Cluster]
 TOLERANCE = 0.05
 # Instructions of CPython 3.14 for one request, by function.
 INSTRUCTIONS: dict[str, dict[str, int]] = {
-    "ping": {  # 406
+    "ping": {  # 404
         "commands/handshake.py:ping": 3,
         "connection.py:Connection._receive": 44,
         "connection.py:Connection._serve": 79,
         "connection.py:Connection.data_received": 38,
         "connection.py:start": 8,
         "dispatch.py:respond": 65,
-        "engine/pipeline.py:Pipeline.__init__": 1,
-        "engine/scheduling.py:schedule": 1,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:frame_length": 18,
         "wire/message.py:parse": 86,
@@ -78,7 +76,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "page": {  # 957
+    "page": {  # 961
         "commands/arguments.py:Namespace.read": 15,
         "commands/arguments.py:by_id": 21,
         "commands/reads.py:_page": 13,
@@ -94,9 +92,9 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/backend.py:Backend.execute": 33,
         "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
-        "engine/pool.py:Pool._release": 40,
+        "engine/pool.py:Pool._release": 43,
         "engine/pool.py:Pool.call": 14,
-        "engine/pool.py:Pool.size": 8,
+        "engine/pool.py:Pool.size": 9,
         "engine/shared.py:Reads.crowded": 16,
         "wire/bson.py:read_int": 17,
         "wire/message.py:Shapes.find": 37,
@@ -104,7 +102,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "insert": {  # 1031
+    "insert": {  # 1067
         "commands/arguments.py:Namespace.read": 15,
         "commands/writes.py:_single": 31,
         "commands/writes.py:_write": 113,
@@ -118,13 +116,15 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/backend.py:Backend._send": 18,
         "engine/backend.py:Backend._take": 72,
         "engine/backend.py:Backend.execute": 33,
+        "engine/duties.py:Duties.flush_pays": 7,
         "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
-        "engine/pool.py:Pool._alone": 22,
-        "engine/pool.py:Pool._crowded": 11,
-        "engine/pool.py:Pool._release": 40,
+        "engine/pool.py:Pool._alone": 25,
+        "engine/pool.py:Pool._crowded": 9,
+        "engine/pool.py:Pool._release": 43,
+        "engine/pool.py:Pool._under_way": 24,
         "engine/pool.py:Pool.call": 14,
-        "engine/pool.py:Pool.size": 8,
+        "engine/pool.py:Pool.size": 9,
         "engine/writes.py:Writes.share": 17,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:_sequences": 55,
@@ -132,7 +132,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "update": {  # 1068
+    "update": {  # 1104
         "commands/arguments.py:Namespace.read": 15,
         "commands/arguments.py:by_id": 21,
         "commands/writes.py:_single": 47,
@@ -147,13 +147,15 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/backend.py:Backend._send": 18,
         "engine/backend.py:Backend._take": 72,
         "engine/backend.py:Backend.execute": 33,
+        "engine/duties.py:Duties.flush_pays": 7,
         "engine/pipeline.py:Pipeline._readable": 85,
         "engine/pipeline.py:Pipeline._sync": 13,
-        "engine/pool.py:Pool._alone": 22,
-        "engine/pool.py:Pool._crowded": 11,
-        "engine/pool.py:Pool._release": 40,
+        "engine/pool.py:Pool._alone": 25,
+        "engine/pool.py:Pool._crowded": 9,
+        "engine/pool.py:Pool._release": 43,
+        "engine/pool.py:Pool._under_way": 24,
         "engine/pool.py:Pool.call": 14,
-        "engine/pool.py:Pool.size": 8,
+        "engine/pool.py:Pool.size": 9,
         "engine/writes.py:Writes.share": 17,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:_sequences": 55,
@@ -161,7 +163,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "updateInLine": {  # 1734
+    "updateInLine": {  # 1745
         "commands/arguments.py:Namespace.read": 15,
         "commands/arguments.py:by_id": 21,
         "commands/writes.py:_single": 47,
@@ -181,13 +183,14 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/commits.py:Commits._flushed": 35,
         "engine/commits.py:Commits.add": 56,
         "engine/commits.py:Committed.tell": 24,
+        "engine/duties.py:Duties.crowded": 25,
+        "engine/duties.py:Duties.in_line": 60,
         "engine/lines.py:Line._be_watched": 6,
         "engine/pipeline.py:Pipeline._readable": 170,
         "engine/pipeline.py:Pipeline._sync": 26,
-        "engine/pool.py:Pool._crowded": 33,
+        "engine/pool.py:Pool._crowded": 18,
         "engine/pool.py:Pool._flushed": 10,
-        "engine/pool.py:Pool._under_way": 23,
-        "engine/pool.py:Pool._writes_in_line": 60,
+        "engine/pool.py:Pool._under_way": 24,
         "engine/writes.py:Shapes.known": 4,
         "engine/writes.py:Shapes.may": 10,
         "engine/writes.py:WriteLine._finish": 88,
@@ -331,8 +334,8 @@ async def test_instructions(
     if operation == "getMore":
         monkeypatch.setattr("pg_ferret.engine.shared._CROWD", 0.0)  # as among many clients
     if operation == "updateInLine":
-        monkeypatch.setattr("pg_ferret.engine.pool._CROWD", 0)
-        monkeypatch.setattr("pg_ferret.engine.pool._NO_CROWD", -1)
+        monkeypatch.setattr("pg_ferret.engine.duties._CROWD", 0)
+        monkeypatch.setattr("pg_ferret.engine.duties._NO_CROWD", -1)
     client.cost.c.drop()
     client.cost.c.insert_many([{"_id": number} for number in range(_WARM + _MEASURED + 10)])
     config = configuration(cluster, pool_min_conns=2, pool_max_conns=4 if operation != "updateInLine" else 8)

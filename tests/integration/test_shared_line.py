@@ -328,7 +328,7 @@ async def test_a_cursor_for_one_who_has_gone_leaves_no_file(cluster: Cluster, ma
         # Nor is there one to delete of a cursor that is a position.
         body = encode({"find": "c", "filter": {}, "batchSize": 4, "$db": "line"})
         pool._unclaimed(calls.FIND, await pool.call(calls.FIND, (b"line", body)))
-        assert not pool._bereft
+        assert not pool._leftovers._ids
 
 
 @pytest.mark.usefixtures("make_pool")  # the collections

@@ -1,0 +1,136 @@
+"""Which connections serve many requests, and as what: as lines of reads or of writes, or to flush commits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final
+
+from pg_ferret.engine.backend import Backend
+from pg_ferret.engine.commits import Commits, Committed
+from pg_ferret.engine.costs import Costs
+from pg_ferret.engine.limits import Limits
+from pg_ferret.engine.lines import Line, Lines, Owner, Shared
+from pg_ferret.engine.pages import PageLine
+from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.points import PointLine
+from pg_ferret.engine.shared import ReadLine, Reads
+from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
+
+# A page takes PostgreSQL ten times a point read's time: one of its processes keeps a processor busy, and more of them
+# than the worker's share of processors only take turns.  A write takes as long as it takes the worker to serve it; one
+# line is enough until many wait in it.
+_LINES_OF_FINDS: Final = 1
+_MOST_LINES_OF_PAGES: Final = 2
+_MOST_LINES_OF_WRITES: Final = 2
+# A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way on,
+# until there are so few. A mixture of both would be slower than either.
+_CROWD = 6
+_NO_CROWD = 2
+
+Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
+
+
+class Duties:
+    """The kinds of them, and who has them."""
+
+    __slots__ = ("_crowd", "commits", "connections", "finds", "pages", "wanted", "writes")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        owner: Owner,
+        room: Room,
+        measured: Callable[[Reads, Shared], Awaitable[Row]],
+        flush_elsewhere: Callable[[Committed], None],
+    ) -> None:
+        """`measured` as for Reads, `flush_elsewhere` as for Commits."""
+        self.commits = Commits(loop, flush_elsewhere, self.in_line)
+
+        def reads(line: type[PointLine] | type[PageLine]) -> Reads:
+            costs = Costs()
+            return Reads(partial(line, loop=loop, costs=costs, owner=owner), costs, measured, room.free)
+
+        self.finds = reads(PointLine)
+        self.pages = reads(PageLine)
+        shapes = Shapes()
+        make = partial(WriteLine, loop=loop, shapes=shapes, committed=self.commits.add, owner=owner)
+        self.writes = Writes(make, shapes, room)
+        self._crowd = False  # whether writes share
+        self.wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
+        self.connections = 0  # that are lines
+
+    def lines(self) -> list[Line]:
+        """All of them."""
+        return [*self.finds.all, *self.pages.all, *self.writes.all]
+
+    def in_line(self) -> int:
+        """Writes that wait in one."""
+        waiting = 0
+        for line in self.writes.all:
+            waiting += len(line.queue)
+        return waiting
+
+    def allot(self, limits: Limits) -> None:
+        """Half of the connections are for those who need one of their own."""
+        room = limits.largest // 2
+        finds = min(_LINES_OF_FINDS, room)
+        # Beside the first line of writes one to flush what they commit, and one for pages.
+        writes = min(_MOST_LINES_OF_WRITES, limits.processors, max(0, room - finds - 2))
+        flush = writes > 0
+        self.finds.allot(finds)
+        self.writes.allot(writes)
+        self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
+        self.commits.allowed = flush
+
+    def flush_pays(self, under_way: int) -> bool:
+        """Whether one of the connections had better flush what all others commit, with so many under way."""
+        return self.commits.allowed and under_way >= _CROWD
+
+    def crowded(self, under_way: int) -> bool:
+        """Whether the next write had better share connection and flush, with so many on connections of their own.
+
+        To be asked only if there is a connection that flushes.
+        """
+        if not self.commits.allowed:
+            return False
+        others = under_way + self.commits.pending + self.in_line()
+        if others >= _CROWD:
+            self._crowd = True
+        elif others <= _NO_CROWD:
+            self._crowd = False
+        return self._crowd
+
+    def want(self, duty: Duty) -> bool:
+        """Another connection is to serve in this way; False if that is wanted already."""
+        if duty in self.wanted:
+            return False
+        self.wanted.append(duty)
+        return True
+
+    def fitting(self, backend: Backend) -> Duty | None:
+        """Which of those that are wanted a connection may have."""
+        return next((duty for duty in self.wanted if duty.fits(backend)), None)
+
+    def give(self, duty: Duty, backend: Backend) -> bool:
+        """Have a connection do so; False if there is enough of that by now."""
+        self.wanted.remove(duty)
+        if isinstance(duty, Commits):
+            if not duty.allowed or duty.backend is not None:
+                return False
+            duty.backend = backend
+            self._crowd = False
+        elif duty.due:
+            backend.detach()
+            duty.add(backend.connection)
+            self.connections += 1
+        else:
+            return False
+        return True
+
+    def remove(self, line: Line) -> bool:
+        """It serves no more; tells whether it did."""
+        found = self.finds.remove(line) or self.pages.remove(line) or self.writes.remove(line)
+        self.connections -= found
+        return found
