@@ -30,7 +30,7 @@ _IGNORED = frozenset((b"min", b"max"))
 _FOR_EVER = float("inf")
 
 
-def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes:
+def _page(row: Row, namespace: bytes, request: Request, client: Client, shape: int = 0) -> bytes:
     """The first page; what is left of the result is kept as a cursor that any worker can continue."""
     page, continuation = row[0], row[1]
     assert page is not None
@@ -40,7 +40,7 @@ def _page(row: Row, namespace: bytes, request: Request, client: Client) -> bytes
         services = client.services
         lifetime = services.config.settings.cursor_timeout / 1000
         expires = _FOR_EVER if request.true(b"noCursorTimeout") else time.time() + lifetime
-        cursor = Cursor(owner(namespace, client.user, session(request)), expires, continuation)
+        cursor = Cursor(owner(namespace, client.user, session(request)), expires, continuation, shape)
         services.cursors.open(int.from_bytes(cursor_id, "big"), cursor)
     return page
 
@@ -82,11 +82,12 @@ async def find(request: Request, client: Client) -> bytes:
     first = start + 4  # its type; in an empty filter the NUL at the end
     cost = namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5
     if single:
-        row = await engine.finds.share(Shared(calls.FIND, (db, body), namespace, hash(cost)))
+        shape = hash(cost)
+        row = await engine.finds.share(Shared(calls.FIND, (db, body), namespace, shape))
     else:
         shape = hash((cost, sized, *map(frame.__getitem__, values)))
         row = await engine.pages.share(Shared(calls.FIND, (db, body), namespace, shape))
-    return _page(row, namespace, request, client)
+    return _page(row, namespace, request, client, shape)
 
 
 def _look_at(request: Request) -> _Find:

@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from pg_ferret.commands import conflicts, documents
+from pg_ferret.commands import documents, retries
 from pg_ferret.commands.duplicates import Keys
 from pg_ferret.commands.statements import Statement, Statements
 from pg_ferret.engine import calls, sqlstate
@@ -55,7 +55,7 @@ async def settle(reply: bytes, params: Params, request: Request, client: Client)
         try:
             again, success, _ = await client.services.engine.write(calls.UPDATE, params)
         except EngineError as conflict:
-            again, success, _ = await conflicts.repeat(conflict, calls.UPDATE, params, request, client)
+            again, success, _ = await retries.repeat(conflict, calls.UPDATE, params, request, client)
         assert again is not None
         reply = again
         if success == b"\x01":

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Awaitable
 from typing import NamedTuple
 
-from pg_ferret.commands import conflicts, documents, upserts, write_errors
+from pg_ferret.commands import documents, retries, upserts, write_errors
 from pg_ferret.commands.arguments import Namespace, as_it_came, by_id, collection, database, spec
 from pg_ferret.commands.duplicates import Keys
 from pg_ferret.commands.statements import Statement
@@ -84,7 +84,7 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     try:
         reply, success, _ = await answer
     except EngineError as error:
-        reply, success, _ = await conflicts.repeat(error, call, (db, body, sequence), request, client)
+        reply, success, _ = await retries.repeat(error, call, (db, body, sequence), request, client)
     assert reply is not None
     if success == b"\x01":
         return reply
@@ -142,7 +142,7 @@ async def _modify_again(error: EngineError, params: Params, request: Request, cl
 
     for number in itertools.count():
         try:
-            return await conflicts.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
+            return await retries.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
         except EngineError as refused:
             error = refused
         code, message = translate(error.sqlstate, error.message)

@@ -110,18 +110,22 @@ class Commits:
     def _flush(self) -> None:
         """At the end of the loop's turn: all that has been committed, unless more than that is about to be."""
         self._scheduled = False
-        if self.pending >= self._coming():
+        following = self._next
+        if following is None or self.flushing:
+            return
+        if self.backend is None or len(following.writes) >= self._coming():
             self._flush_now()
-        elif self._next is not None and self._timer is None:
+        elif self._timer is None:
             self._timer = self._loop.call_later(_HELD_SECONDS, self._flush_now)
 
     def _flush_now(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        committed, self._next = self._next, None
-        if committed is None:
+        committed = self._next
+        if committed is None or self.flushing:
             return
+        self._next = None
         if self.backend is None or self.backend.lost:
             self._pass_on(committed)
             return

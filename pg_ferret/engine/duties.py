@@ -46,7 +46,7 @@ class Duties:
         flush_elsewhere: Callable[[Committed], None],
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
-        self.commits = Commits(loop, flush_elsewhere, self.in_line)
+        self.commits = Commits(loop, flush_elsewhere, self._coming)
 
         def reads(line: type[PointLine] | type[PageLine]) -> Reads:
             costs = Costs()
@@ -56,21 +56,17 @@ class Duties:
         self.pages = reads(PageLine)
         shapes = Shapes()
         make = partial(WriteLine, loop=loop, shapes=shapes, committed=self.commits.add, owner=owner)
-        self.writes = Writes(make, shapes, room)
+        self.writes = Writes(make, loop.time, shapes, room)
         self._crowd = False  # whether writes share
         self.wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
         self.connections = 0  # that are lines
 
+    def _coming(self) -> int:
+        return self.writes.coming()
+
     def lines(self) -> list[Line]:
         """All of them."""
         return [*self.finds.all, *self.pages.all, *self.writes.all]
-
-    def in_line(self) -> int:
-        """Writes that wait in one."""
-        waiting = 0
-        for line in self.writes.all:
-            waiting += len(line.queue)
-        return waiting
 
     def allot(self, limits: Limits) -> None:
         """Half of the connections are for those who need one of their own."""
@@ -95,7 +91,7 @@ class Duties:
         """
         if not self.commits.allowed:
             return False
-        others = under_way + self.commits.pending + self.in_line()
+        others = under_way + self.commits.pending + self.writes.waiting
         if others >= _CROWD:
             self._crowd = True
         elif others <= _NO_CROWD:

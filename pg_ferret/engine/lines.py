@@ -42,8 +42,10 @@ class Line(Pipeline):
     def _stands_still(self) -> None:
         """There has been no answer for `STALL_SECONDS`."""
 
-    def _be_watched(self) -> None:
-        """To be called when it has something to do."""
+    def _starts(self) -> None:
+        """To be called when it has something to do again."""
+        self.busy = True
+        self.idle_ticks = 0
         if not self._watched:
             self._watched = True
             self._look_again()

@@ -26,7 +26,7 @@ from pg_ferret.engine.pipeline import (
     Session,
 )
 from pg_ferret.engine.scheduling import work_of
-from pg_ferret.engine.shared import MOST_WAITING, SLOW_TIMES, ReadLine, Waiting
+from pg_ferret.engine.shared import MOST_WAITING, READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
 # A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
 # than so many times the mean is cheap there, as long as it takes no more than so many seconds.
@@ -41,21 +41,18 @@ _AWAY_SECONDS: Final = 1.0
 LOOKED_AT: Final = 32
 _HEAVY_SECONDS: Final = 0.001
 _BUSY_PART: Final = 1 / 3
-# libpq reads 16 kB at a time: behind a page of so many bytes it has hardly read the next one, which may have come.
-_READ_ON_BYTES: Final = 8192
 
 
 class PageLine(ReadLine):
-    """The connection."""
+    """The connection: a queue of pages."""
 
-    __slots__ = ("_heavy", "_pages", "_queue", "_read_on", "_taken", "_work")
+    __slots__ = ("_heavy", "_pages", "_queue", "_taken", "_work")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
         self._queue: deque[Waiting] = deque()  # the server is at the first one
         self._heavy = False  # whether nobody is to wait behind others
         self._pages = 0  # since their cost was last looked at
         self._taken = 0.0  # and how long they took
-        self._read_on = False  # whether libpq may have left the next page in the socket
         super().__init__(conn, loop, costs, owner)
         self._work = work_of(self.pid)  # what PostgreSQL had done then
 
@@ -77,9 +74,7 @@ class PageLine(ReadLine):
         waiter: asyncio.Future[Row] = self._loop.create_future()
         if not self._queue:
             self._begin(self._loop.time(), 1)
-            self.busy = True
-            self.idle_ticks = 0
-            self._be_watched()
+            self._starts()
         self._queue.append((read, waiter))
         call, params, _, _ = read
         try:
@@ -98,7 +93,7 @@ class PageLine(ReadLine):
             self._answered = 1
             page, following = get(0, 0), get(0, 1)
             size = 0 if page is None else len(page)
-            self._read_on = size >= _READ_ON_BYTES
+            self._read_on = size >= READ_ON_BYTES
             if size > LARGE_BYTES:
                 self.swollen = True
                 self._costs.keep_away(read.shape, self._loop.time())
@@ -111,20 +106,22 @@ class PageLine(ReadLine):
                 waiter.set_result(row)
         elif status == PIPELINE_SYNC:
             self._finish()
-            if self._read_on and self.busy and self._pg.is_busy():
-                self._pg.consume_input()
+            if self._read_on:
+                self._read_more()
         elif status == COMMAND_OK:
             self._prepared.add(self._preparing.pop(0))
         elif status != PIPELINE_ABORTED:
             self._fail(result)
 
-    def _answer(self) -> Waiting:
+    def _next_answered(self) -> Waiting | None:
+        if self._answered:
+            return None
         self._answered = 1
         return self._queue[0]
 
     def _finish(self) -> None:
         """The server has done with the first one."""
-        read, waiter = self._queue.popleft()
+        read, _ = self._queue.popleft()
         now = self._loop.time()
         seconds = now - self._since
         self._taken += seconds
@@ -139,8 +136,6 @@ class PageLine(ReadLine):
             self._begin(now, 1)
         else:
             self.busy = False
-        if not self._answered:  # the statement of the one before it was not to be had
-            self._elsewhere(read, waiter)
         self._answered = 0
         if self._leaving:
             self.retire()

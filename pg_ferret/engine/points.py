@@ -23,11 +23,11 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.shared import MOST_WAITING, SLOW_TIMES, ReadLine, Waiting
+from pg_ferret.engine.shared import MOST_WAITING, READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
 
 class PointLine(ReadLine):
-    """The connection.  What has been given to it in one turn is a batch, in which none may open a cursor."""
+    """The connection: what it is given in one turn of the loop is a batch, in which none may open a cursor."""
 
     __slots__ = ("_batches", "_filling", "_scheduled")
 
@@ -74,9 +74,7 @@ class PointLine(ReadLine):
             return
         if not self._batches:
             self._begin(self._loop.time(), len(batch))
-            self.busy = True
-            self.idle_ticks = 0
-            self._be_watched()
+            self._starts()
         self._batches.append(batch)
         self._filling = []
         try:
@@ -90,7 +88,9 @@ class PointLine(ReadLine):
             read, waiter = self._batches[0][self._answered]
             self._answered += 1
             page, following = get(0, 0), get(0, 1)
-            if page is not None and len(page) > LARGE_BYTES:
+            size = 0 if page is None else len(page)
+            self._read_on = size >= READ_ON_BYTES
+            if size > LARGE_BYTES:
                 self.swollen = True
                 self._costs.keep_away(read.shape, self._loop.time())
             if following is not None:
@@ -101,14 +101,19 @@ class PointLine(ReadLine):
                 waiter.set_result((page, None))
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
+            if self._read_on:
+                self._read_more()
         elif status == COMMAND_OK:
             self._prepared.add(self._preparing.pop(0))
         elif status != PIPELINE_ABORTED:
             self._fail(result)  # and those behind it in the batch are answered elsewhere
 
-    def _answer(self) -> Waiting:
-        self._answered += 1
-        return self._batches[0][self._answered - 1]
+    def _next_answered(self) -> Waiting | None:
+        batch, number = self._batches[0], self._answered
+        if number == len(batch):
+            return None
+        self._answered = number + 1
+        return batch[number]
 
     def _finish(self, batch: list[Waiting]) -> None:
         """The server has done with a batch."""

@@ -32,13 +32,16 @@ MOST_WAITING: Final = 128
 _CROWD = 3.0
 _OTHERS_WEIGHT: Final = 1 / 64
 
+# libpq reads 16 kB at a time: behind an answer of so many bytes it has hardly read the next one, which may have come.
+READ_ON_BYTES: Final = 8192
+
 Waiting = tuple[Shared, asyncio.Future[Row]]
 
 
 class ReadLine(Line):
     """A connection for reads."""
 
-    __slots__ = ("_answered", "_costs", "_late", "_leaving", "_owner", "_since")
+    __slots__ = ("_answered", "_costs", "_late", "_leaving", "_owner", "_read_on", "_since")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
         self._costs = costs
@@ -47,6 +50,7 @@ class ReadLine(Line):
         self._answered = 0  # reads that have their answer, of those that the server is at
         self._since = 0.0  # when it began with them
         self._late = 0.0  # from then on it takes too long
+        self._read_on = False  # whether libpq may have left the next answer in the socket
         super().__init__(conn, loop)
 
     @abstractmethod
@@ -63,8 +67,8 @@ class ReadLine(Line):
         """Whether nobody may join."""
 
     @abstractmethod
-    def _answer(self) -> Waiting:
-        """The first one without an answer; it has one from now on."""
+    def _next_answered(self) -> Waiting | None:
+        """The first of those that the server is at without an answer: it has one from now on."""
 
     @abstractmethod
     def _clear(self) -> list[Waiting]:
@@ -91,7 +95,10 @@ class ReadLine(Line):
         if isinstance(error, EngineLostError):
             self._end()
             return
-        read, waiter = self._answer()
+        refused = self._next_answered()
+        if refused is None:
+            return  # it is the end of the transaction that has failed, and nothing was written in it
+        read, waiter = refused
         if self._preparing[:1] == [read.call.name]:
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
             self._preparing.pop(0)
@@ -102,6 +109,11 @@ class ReadLine(Line):
             self._elsewhere(read, waiter)
         elif not waiter.done():
             waiter.set_exception(error)
+
+    def _read_more(self) -> None:
+        """Behind a large answer: what has come of the next one."""
+        if self.busy and self._pg.is_busy():
+            self._pg.consume_input()
 
     def _progress(self) -> object:
         return self._since, self._answered

@@ -134,7 +134,12 @@ class WriteLine(Line):
         now = self._loop.time()
         if self._leaving or self.lost or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
             return False
-        return not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS
+        return not self.late(now)
+
+    def late(self, now: float) -> bool:
+        """Whether the first write takes long: it may wait for a lock, and all others behind it."""
+        waiting = len(self.queue)
+        return waiting > 0 and now - self._since > _LATE_SECONDS + waiting * _EACH_SECONDS
 
     @property
     def open(self) -> bool:
@@ -158,9 +163,7 @@ class WriteLine(Line):
             return
         if not queue:
             self._since = self._loop.time()
-            self.busy = True
-            self.idle_ticks = 0
-            self._be_watched()
+            self._starts()
         queue.append((write, waiter))
         call, params, _, _ = write
         try:
@@ -284,16 +287,36 @@ class Room(NamedTuple):
 class Writes(Lines[WriteLine]):
     """All of them."""
 
-    __slots__ = ("_alone", "_apart", "_crowded", "_free", "_shapes", "_want")
+    __slots__ = ("_alone", "_apart", "_crowded", "_free", "_now", "_shapes", "_want")
 
-    def __init__(self, make: Callable[[Session], WriteLine], shapes: Shapes, room: Room) -> None:
+    def __init__(
+        self, make: Callable[[Session], WriteLine], now: Callable[[], float], shapes: Shapes, room: Room
+    ) -> None:
         super().__init__(make)
+        self._now = now
         self._shapes = shapes
         self._crowded, self._alone, self._apart, self._free, self._want = room
 
     def add(self, connection: Session) -> None:
         super().add(connection)
         self.all[-1].begin()
+
+    @property
+    def waiting(self) -> int:
+        """How many writes wait at them."""
+        waiting = 0
+        for line in self.all:
+            waiting += len(line.queue)
+        return waiting
+
+    def coming(self) -> int:
+        """How many are about to be committed, as far as one can see."""
+        now = self._now()
+        coming = 0
+        for line in self.all:
+            if not line.late(now):
+                coming += len(line.queue)
+        return coming
 
     def share(self, write: Shared) -> Awaitable[Row]:
         """As the pool's `write`, for one that touches a single small document, which it finds by its _id.

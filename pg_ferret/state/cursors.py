@@ -22,7 +22,7 @@ _MAP_BYTES: Final = 1 << 30
 _MOST_PAGES: Final = int(_MAP_BYTES * 0.8) // 4096
 _KEY = Struct(">Q")
 _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
-_HEAD = Struct("<dH")  # expiry (Unix seconds; infinity: never), length of the owner
+_HEAD = Struct("<dqH")  # expiry (Unix seconds; infinity: never), shape, length of the owner
 _HEAD_BYTES: Final = _HEAD.size
 _SWEEP_AT_ONCE: Final = 250
 # How long whoever goes on with a cursor whose collection has gone is told so.
@@ -35,6 +35,7 @@ class Cursor(NamedTuple):
     owner: bytes  # see `owner`
     expires: float  # Unix seconds; infinity for noCursorTimeout
     continuation: bytes  # empty: what it read has gone
+    shape: int = 0  # of the read that opened it: cursors of one shape cost about the same; 0: not known
 
     @property
     def namespace(self) -> bytes:
@@ -86,16 +87,20 @@ class Cursors:
             with self._env.begin(write=True) as transaction:
                 if _pages(transaction.stat()) > _MOST_PAGES:
                     raise lmdb.MapFullError
-                transaction.put(key, _pack(*cursor))
+                transaction.put(key, _pack(cursor))
                 if session := _session(cursor.owner):
                     transaction.put(session, key, db=self._by_session)
         except lmdb.Error as error:
             raise _refused(error) from None
 
-    def advance(self, cursor_id: int, cursor_owner: bytes, expires: float, continuation: bytes) -> bool:
-        """Store a cursor's new continuation and expiry, unless it has ended meanwhile; tells whether it lives."""
+    def advance(self, cursor_id: int, cursor: Cursor, expires: float, continuation: bytes) -> bool:
+        """Store the new continuation and expiry of a cursor that `get` gave, unless it has ended meanwhile.
+
+        Tells whether it lives.
+        """
         key = _KEY.pack(cursor_id)
-        head = _HEAD.pack(expires, len(cursor_owner)) + cursor_owner
+        cursor_owner, _, _, shape = cursor
+        head = _HEAD.pack(expires, shape, len(cursor_owner)) + cursor_owner
         record = head + continuation
         try:
             with self._env.begin(write=True) as transaction:
@@ -114,10 +119,9 @@ class Cursors:
             with self._env.begin(write=True) as transaction:
                 for key in map(_KEY.pack, cursor_ids):
                     if (record := transaction.get(key)) is not None:
-                        expires, size = _HEAD.unpack_from(record)
-                        transaction.put(
-                            key, _pack(record[_HEAD_BYTES : _HEAD_BYTES + size], min(expires, at_most), b"")
-                        )
+                        expires, _, size = _HEAD.unpack_from(record)
+                        whose = record[_HEAD_BYTES : _HEAD_BYTES + size]
+                        transaction.put(key, _pack(Cursor(whose, min(expires, at_most), b"")))
         except lmdb.Error:
             self.remove(cursor_ids)  # which needs no room
 
@@ -127,11 +131,11 @@ class Cursors:
             record = transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))
         if record is None:
             return None
-        expires, size = _HEAD.unpack_from(record)
+        expires, shape, size = _HEAD.unpack_from(record)
         if expires <= time.time():
             return None
         end = _HEAD_BYTES + size
-        return Cursor(record[_HEAD_BYTES:end], expires, record[end:])
+        return Cursor(record[_HEAD_BYTES:end], expires, record[end:], shape)
 
     def known(self, cursor_id: int) -> bool:
         """Whether there is such a cursor, expired or not."""
@@ -148,7 +152,7 @@ class Cursors:
             record = transaction.pop(key)
             if record is None:
                 return False
-            end = _HEAD_BYTES + _HEAD.unpack_from(record)[1]
+            end = _HEAD_BYTES + _owner_bytes(record)
             if session := _session(record[_HEAD_BYTES:end]):
                 transaction.delete(session, key, db=self._by_session)
         return True
@@ -192,7 +196,11 @@ class Cursors:
 
 
 def _bereft(record: bytes | memoryview) -> bool:
-    return len(record) == _HEAD_BYTES + int(_HEAD.unpack_from(record)[1])
+    return len(record) == _HEAD_BYTES + _owner_bytes(record)
+
+
+def _owner_bytes(record: bytes | memoryview) -> int:
+    return int(_HEAD.unpack_from(record)[-1])
 
 
 def _pages(stat: dict[str, int]) -> int:
@@ -206,5 +214,5 @@ def _refused(error: lmdb.Error) -> CommandError:
     return CommandError(14031, f"the cursor cannot be kept in ferretdb.state_dir: {error}")
 
 
-def _pack(cursor_owner: bytes, expires: float, continuation: bytes) -> bytes:
-    return _HEAD.pack(expires, len(cursor_owner)) + cursor_owner + continuation
+def _pack(cursor: Cursor) -> bytes:
+    return _HEAD.pack(cursor.expires, cursor.shape, len(cursor.owner)) + cursor.owner + cursor.continuation

@@ -19,12 +19,12 @@ def cursors(tmp_path: Path) -> Cursors:
     return Cursors(tmp_path)
 
 
-def cursor(session: bytes = b"", expires: float = _SOON, continuation: bytes = b"next") -> Cursor:
-    return Cursor(owner(b"db.c", b"user", session), expires, continuation)
+def cursor(session: bytes = b"", expires: float = _SOON, continuation: bytes = b"next", shape: int = 0) -> Cursor:
+    return Cursor(owner(b"db.c", b"user", session), expires, continuation, shape)
 
 
 def test_a_cursor_comes_back_as_it_was(cursors: Cursors) -> None:
-    kept = cursor(session=b"s" * 16, continuation=bytes(range(256)))
+    kept = cursor(session=b"s" * 16, continuation=bytes(range(256)), shape=-(1 << 63))
     cursors.open(7, kept)
     assert cursors.get(7) == kept
     assert (kept.namespace, kept.user) == (b"db.c", b"user")
@@ -34,13 +34,11 @@ def test_a_cursor_comes_back_as_it_was(cursors: Cursors) -> None:
 
 
 def test_advance_keeps_the_newest_continuation_and_does_not_raise_the_dead(cursors: Cursors) -> None:
-    cursors.open(7, cursor())
-    assert cursors.advance(7, *cursor(continuation=b"later"))
-    found = cursors.get(7)
-    assert found is not None
-    assert found.continuation == b"later"
+    cursors.open(7, cursor(shape=1))
+    assert cursors.advance(7, cursor(shape=1), _SOON, b"later")
+    assert cursors.get(7) == cursor(continuation=b"later", shape=1)
     assert cursors.remove([7, 8]) == [7]
-    assert not cursors.advance(7, *cursor())
+    assert not cursors.advance(7, cursor(), _SOON, b"later")
     assert cursors.get(7) is None
 
 
@@ -58,7 +56,7 @@ def test_bereft_cursors_have_nothing_to_go_on_with_and_stay_so(cursors: Cursors)
     assert (bereft.owner, bereft.continuation) == (mine, b"")
     assert bereft.expires < time.time() + 3600
     # A page was under way.
-    assert not cursors.advance(1, mine, _SOON, b"two")
+    assert not cursors.advance(1, Cursor(mine, _SOON, b"one"), _SOON, b"two")
     assert cursors.get(1) == bereft
     assert cursors.get(2) == Cursor(other, _SOON, b"one")
     assert cursors.get(3) is None

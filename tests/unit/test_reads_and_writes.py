@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import struct
 from collections.abc import Awaitable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,11 +14,12 @@ import pytest
 from bson import Binary, Int64, ObjectId, Regex, decode_all, encode
 
 import pg_ferret.commands  # noqa: F401  (fills the registry)
-from pg_ferret.engine.calls import TRUE, Call
+from pg_ferret.engine.calls import GET_MORE, TRUE, Call
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import COMMANDS
+from pg_ferret.state.cursors import Cursors
 from pg_ferret.wire.message import parse
 
 Document = dict[str, Any]
@@ -281,9 +283,53 @@ def test_pages_of_about_the_same_cost_have_the_same_shape() -> None:
     assert len({single.shape, *bare}) == 1 + len(alone)
 
 
+class Scan(Engine):
+    """One that has more for every find, in a crowd, and the registry of its cursors."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__((), crowd=True)
+        self.opened = 0
+        self.cursors = Cursors(place)
+        settings = SimpleNamespace(cursor_timeout=1000)
+        self.config = SimpleNamespace(settings=settings)
+        self.engine, self.counters, self.user = self, SimpleNamespace(in_flight=1), b""
+
+    async def _done(self, call: Call) -> Row:
+        if call is GET_MORE:
+            return b"page", None
+        self.opened += 1
+        continuation = encode({"qi": Int64(self.opened), "qp": False, "qc": {"the": "command"}})
+        return b"page", continuation, self.opened.to_bytes(8, "big")
+
+    def ask(self, command: Document) -> int:
+        """The shape of a page."""
+        body = encode(command | {"$db": "db"})
+        request = parse(struct.pack("<iiiiIB", 21 + len(body), 1, 0, 2013, 0, 0) + body)
+        client = SimpleNamespace(services=self, user=b"")
+        asyncio.run(cast(Any, COMMANDS[request.name].handler(request, cast(Any, client))))
+        return self.paged[-1].shape
+
+    def first_and_next(self, size: int, **more: object) -> tuple[int, int]:
+        """The shapes of a first page and of the next one."""
+        first = self.ask({"find": "c", "filter": {"a": 1}} | more)
+        return first, self.ask({"getMore": Int64(self.opened), "collection": "c", "batchSize": size})
+
+
+def test_the_next_pages_of_finds_of_one_shape_have_the_same_shape(tmp_path: Path) -> None:
+    scan = Scan(tmp_path)
+    first = scan.first_and_next(5)
+    assert first == scan.first_and_next(5, filter={"a": 2})
+    others = [
+        scan.first_and_next(6)[1],
+        scan.first_and_next(5, filter={"b": 1})[1],
+        scan.first_and_next(5, limit=100)[1],
+    ]
+    assert len({*first, *others}) == 5
+
+
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_ferret.commands.conflicts._LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr("pg_ferret.commands.retries._LONGEST_PAUSE", 0.0)
 
 
 CHANGES: list[Document] = [
@@ -320,7 +366,7 @@ def test_a_write_is_not_made_again_for_ever() -> None:
 
 def test_a_write_is_made_again_until_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr("pg_ferret.commands.conflicts.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("pg_ferret.commands.retries.time", SimpleNamespace(monotonic=lambda: next(clock)))
     failures = [EngineError("40P01", "deadlock detected")] * 4
     assert len(run(CHANGES[0] | {"maxTimeMS": 5000}, failures=failures).apart) == 5
     with pytest.raises(CommandError, match="exceeded time limit"):

@@ -16,7 +16,7 @@ from pg_ferret.engine.pipeline import LARGE_BYTES, Row
 from pg_ferret.engine.points import PointLine
 from pg_ferret.engine.scheduling import Work
 from pg_ferret.engine.shared import Reads
-from pg_ferret.errors import EngineError
+from pg_ferret.errors import EngineError, EngineLostError
 from tests.turns import settle
 from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
 
@@ -26,15 +26,16 @@ _SHAPE, _OTHER_SHAPE = 1, 2
 class Stage:
     """A line with the reads that were given up on it."""
 
-    def __init__(self, call: Call = GET_MORE, *, together: bool = True) -> None:
+    def __init__(self, call: Call = FIND, *, together: bool = True) -> None:
         self.loop = Loop()
         self.server = Server()
         self.elsewhere: list[Shared] = []
         self.stalled: list[Shared] = []
         self.unclaimed: list[Row] = []
+        self.ended = 0
         owner = Owner(
             lambda read, _: self.elsewhere.append(read),
-            lambda _: None,
+            self._end,
             lambda _, read: self.stalled.append(read),
             lambda _, row: self.unclaimed.append(row),
         )
@@ -47,6 +48,9 @@ class Stage:
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
         self.waiters = [self.line.add(read) for read in self.reads]
         self.loop.run()
+
+    def _end(self, _: object) -> None:
+        self.ended += 1
 
 
 @pytest.fixture
@@ -93,8 +97,10 @@ def test_a_line_that_moves_may_take_its_time(stage: Stage) -> None:
     assert (answers(stage), stage.line.waiting, stage.line.lost, stage.loop.later) == (4, 0, False, [])
 
 
-def test_a_line_that_stands_still_is_given_up(stage: Stage) -> None:
-    answer(stage, 1)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_line_that_stands_still_is_given_up(together: bool) -> None:
+    stage = Stage(together=together)
+    answer(stage, 1, end=not together)
     stage.loop.run(STALL_SECONDS)
     stage.loop.run(STALL_SECONDS)
     assert stage.stalled == [stage.reads[1]]
@@ -120,14 +126,61 @@ def test_a_read_that_goes_on_with_a_cursor_is_not() -> None:
     assert _SHAPE in stage.costs.cheap
 
 
-def test_an_answered_batch_whose_end_is_late_is_no_stall(stage: Stage) -> None:
-    answer(stage, 4)
+@pytest.mark.parametrize("together", [True, False])
+def test_an_answered_batch_whose_end_is_late_is_no_stall(together: bool) -> None:
+    stage = Stage(together=together)
+    for _ in range(0 if together else 3):
+        page(stage, 0.0)
+    answer(stage, 4 if together else 1)
     for _ in range(3):
         stage.loop.run(STALL_SECONDS)
-    assert (answers(stage), stage.stalled, stage.line.lost) == (4, [], False)
+    assert (answers(stage), stage.stalled, stage.line.lost, stage.line.waiting) == (4, [], False, 0)
     answer(stage, 0, end=True)
     stage.loop.run(STALL_SECONDS)
     assert (stage.line.busy, stage.loop.later) == (False, [])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_when_the_end_of_a_transaction_fails_its_reads_have_their_answers(together: bool) -> None:
+    stage = Stage(together=together)
+    reads = row(b"page", None, None)
+    stage.server.give(stage.line, *([reads] * 4 if together else [reads]), refusal(b"40001"), sync())
+    if not together:
+        stage.server.give(stage.line, *[reads, sync()] * 3)
+    assert (answers(stage), stage.line.busy, stage.elsewhere, stage.ended) == (4, False, [], 0)
+    assert [waiter.result()[0] for waiter in stage.waiters] == [b"page"] * 4
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_line_that_is_to_go_serves_those_who_wait_and_no_others(together: bool) -> None:
+    stage = Stage(together=together)
+    stage.line.retire()
+    assert not stage.line.takes(stage.reads[0])
+    assert not stage.line.may_take(stage.reads[0])
+    assert not stage.ended
+    reads = row(b"page", None, None)
+    stage.server.give(stage.line, *([*[reads] * 4, sync()] if together else [reads, sync()] * 4))
+    assert (answers(stage), stage.ended, stage.elsewhere) == (4, 1, [])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_who_waits_when_the_connection_ends_is_told(together: bool) -> None:
+    stage = Stage(together=together)
+    answer(stage, 1, end=not together)
+    stage.server.give(stage.line, refusal(b"57P01", b"FATAL"))
+    assert stage.waiters[0].result()[0] == b"page"
+    assert all(isinstance(waiter.exception(), EngineLostError) for waiter in stage.waiters[1:])
+    assert (stage.ended, stage.line.waiting) == (1, 0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_line_has_only_so_much_room(together: bool) -> None:
+    stage = Stage(together=together)
+    for _ in range(200):
+        stage.line.add(stage.reads[0])
+    assert stage.line.full
+    assert not stage.line.takes(stage.reads[0])
+    assert not stage.line.may_take(stage.reads[0])
 
 
 @pytest.mark.parametrize("free", [True, False])
@@ -298,10 +351,18 @@ def test_where_all_pages_take_long_the_same_is_cheap(monkeypatch: pytest.MonkeyP
         assert stage.costs.slow(_OTHER_SHAPE)
 
 
-def test_behind_a_page_of_some_size_there_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_behind_an_answer_of_some_size_there_may_be_another(monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
     """libpq reads so much at a time and no more."""
     stage = Stage(GET_MORE, together=False)
-    large, small = row(bytes(16_000), b"more"), row(bytes(10), b"more")
+    if together:
+        stage = Stage()
+        for _ in range(4):
+            stage.waiters.append(stage.line.add(stage.reads[0]))
+            stage.loop.run()
+        answer(stage, 4, end=True)
+        stage.waiters = stage.waiters[4:]
+    large, small = row(bytes(16_000), None), row(bytes(10), None)
     arriving = [[large, sync(), large, sync()], [small, sync()], [large, sync()]]
     monkeypatch.setattr(stage.server, "consume_input", lambda: stage.server.results.extend(arriving.pop(0)))
     stage.line._readable()
@@ -337,9 +398,12 @@ def test_a_read_that_a_time_limit_ends_is_made_elsewhere(together: bool) -> None
     assert stage.costs.slow(_SHAPE)
 
 
-def test_large_pages_stay_away(stage: Stage) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_large_pages_stay_away(together: bool) -> None:
+    stage = Stage(together=together)
     stage.server.give(stage.line, row(bytes(LARGE_BYTES + 1), None))
     assert not stage.line.takes(stage.reads[0])
+    assert stage.line.swollen
 
 
 def test_pages_share_while_they_meet_many(stage: Stage) -> None:

@@ -190,7 +190,7 @@ class Pool:
         self.is_free = True
         room = Room(lambda: self.is_crowded, self._alone, self._apart, lambda: self.is_free, self._want)
         lines = iter([stage.line, *(other.line for other in more)])
-        self.writes = Writes(lambda _: next(lines), stage.shapes, room)
+        self.writes = Writes(lambda _: next(lines), stage.loop.time, stage.shapes, room)
         self.writes.allot(2)
 
     def _want(self, _: object) -> None:
@@ -234,6 +234,22 @@ def test_one_line_serves_all_until_many_wait(stage: Stage) -> None:
     assert share(2) == (13, 13, 2)  # there may be a third
     stage.server.give(stage.line, *[row(*_DONE), sync()] * 2)
     assert share(1) == (12, 13, 2)
+
+
+def test_writes_behind_one_that_takes_long_are_not_about_to_be_committed(stage: Stage) -> None:
+    second = Stage()
+    pool = Pool(stage, second)
+    for one in (stage, second):
+        pool.writes.add(cast(Any, one.server))
+        one.server.give(one.line, row(b"30", b"0.1"), sync())
+        one.line.add(_WRITE)
+    stage.line.add(_WRITE)
+    assert (pool.writes.waiting, pool.writes.coming()) == (3, 3)
+    stage.loop.run(0.006)
+    second.loop.run(0.004)
+    assert (pool.writes.waiting, pool.writes.coming()) == (3, 0)
+    stage.server.give(stage.line, row(*_DONE), sync())
+    assert (pool.writes.waiting, pool.writes.coming()) == (2, 1)
 
 
 def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
@@ -314,8 +330,52 @@ def test_a_flush_waits_while_more_are_coming_than_it_would_serve(flushes: Flushe
     flushes.coming = 1
     flushes.answer(row(b""))
     assert all(waiter.done() for waiter in waiters)
-    flushes.loop.run(1.0)  # and nothing is left that would flush again
+
+
+def test_a_flush_that_has_gone_leaves_no_timer(flushes: Flushes) -> None:
+    flushes.coming = 3
+    for _ in range(3):
+        flushes.add()
+        flushes.loop.run()
     assert flushes.server.sent == [FLUSH_COMMITS.name]
+    flushes.add()
+    flushes.loop.run(0.01)
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+
+
+def test_the_next_flush_waits_too(flushes: Flushes) -> None:
+    flushes.add()
+    flushes.loop.run()
+    flushes.coming = 5
+    flushes.add()
+    flushes.answer(row(b""))
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+    flushes.loop.run(0.002)
+    assert flushes.server.sent == [FLUSH_COMMITS.name] * 2
+
+
+def test_there_is_one_flush_at_a_time(flushes: Flushes) -> None:
+    """Whatever the order in which the loop runs what is due."""
+    flushes.coming = 3
+    first = flushes.add()
+    flushes.loop.run()
+    flushes.add()  # the end of this turn comes after the timer
+    (timer,) = flushes.loop.later
+    timer.call()
+    second = flushes.add()
+    flushes.loop.run()
+    assert flushes.server.sent == [FLUSH_COMMITS.name]
+    flushes.coming = 0
+    flushes.answer(row(b""))
+    assert (first.done(), second.done(), flushes.server.sent) == (True, False, [FLUSH_COMMITS.name] * 2)
+
+
+def test_without_a_connection_that_flushes_nobody_waits_for_others(flushes: Flushes) -> None:
+    flushes.coming = 5
+    flushes.commits.backend = None
+    flushes.add()
+    flushes.loop.run()
+    assert len(flushes.elsewhere) == 1
 
 
 def test_a_flush_waits_for_a_moment_only(flushes: Flushes) -> None:
