@@ -23,7 +23,7 @@ from pg_ferret.errors import EngineError, EngineLostError
 
 # crash_shutdown, extension/commit.c: the server that committed them is no more.
 _RESTARTED: Final = "57P02"
-# Seconds a committed write waits for others at most, before its flush begins.
+# Seconds a flush waits at most for writes to be committed.
 _HELD_SECONDS: Final = 0.002
 
 
@@ -122,10 +122,9 @@ class Commits:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        committed = self._next
-        if committed is None or self.flushing:
+        committed, self._next = self._next, None
+        if committed is None:
             return
-        self._next = None
         if self.backend is None or self.backend.lost:
             self._pass_on(committed)
             return

@@ -61,7 +61,7 @@ class Duties:
         self.wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
         self.connections = 0  # that are lines
 
-    def _coming(self) -> int:
+    def _coming(self) -> int:  # Commits is made before the writes, which tell it what they have committed
         return self.writes.coming()
 
     def lines(self) -> list[Line]:

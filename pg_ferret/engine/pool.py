@@ -2,7 +2,7 @@
 
 psycopg_pool opens, checks, backs off and replaces connections; this pool leases them from it for as long as they
 are of use and hands them to requests last in, first out, so that few backends stay warm.  A request that finds none
-free waits in line, for at most ``ferretdb.query_wait_timeout``.
+free waits (queue.py), for at most ``ferretdb.query_wait_timeout``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        """Requests in line."""
+        """Requests that wait for a connection."""
         return len(self._queue.requests)
 
     async def open(self) -> None:
@@ -352,7 +352,7 @@ class Pool:
 
     def _release(self, backend: Backend) -> None:
         """A connection has come free."""
-        if backend.lost or (self._unheeding.queries and self._was_unheeding(backend)):
+        if backend.lost or (self._unheeding.queries and self._end_unheeding(backend)):
             return
         if backend.spent or self.size > self._limits.largest:
             self._spawn(self._give_back(backend))
@@ -384,8 +384,8 @@ class Pool:
         extra = min(len(self._unheeding.queries), limits.largest)
         await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1) + extra)
 
-    def _was_unheeding(self, backend: Backend) -> bool:
-        """Whether a connection that has come free ignored us: then it serves nobody else."""
+    def _end_unheeding(self, backend: Backend) -> bool:
+        """If a connection that has come free is one that ignored us, give it back; tells whether it is."""
         if not self._unheeding.ended(backend):
             return False
         self._all.add(backend)
@@ -426,7 +426,7 @@ class Pool:
 
     def _ended(self, backend: Backend) -> None:
         """The server closed a connection: it must serve nobody, and psycopg_pool opens another."""
-        if self._unheeding.queries and self._was_unheeding(backend):
+        if self._unheeding.queries and self._end_unheeding(backend):
             return
         _log.info("PostgreSQL has closed a connection", backend_pid=backend.pid)
         if backend in self._idle:

@@ -134,12 +134,11 @@ class WriteLine(Line):
         now = self._loop.time()
         if self._leaving or self.lost or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
             return False
-        return not self.late(now)
+        return not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS
 
-    def late(self, now: float) -> bool:
-        """Whether the first write takes long: it may wait for a lock, and all others behind it."""
-        waiting = len(self.queue)
-        return waiting > 0 and now - self._since > _LATE_SECONDS + waiting * _EACH_SECONDS
+    def coming(self, now: float) -> int:
+        """How many are about to be committed: none if the first one takes long, because it may wait for a lock."""
+        return len(self.queue) if now - self._since <= _LATE_SECONDS else 0
 
     @property
     def open(self) -> bool:
@@ -305,18 +304,14 @@ class Writes(Lines[WriteLine]):
     def waiting(self) -> int:
         """How many writes wait at them."""
         waiting = 0
-        for line in self.all:
+        for line in self.all:  # for every write: a generator would cost twice as much
             waiting += len(line.queue)
         return waiting
 
     def coming(self) -> int:
-        """How many are about to be committed, as far as one can see."""
+        """How many are about to be committed; some may turn out to change nothing."""
         now = self._now()
-        coming = 0
-        for line in self.all:
-            if not line.late(now):
-                coming += len(line.queue)
-        return coming
+        return sum([line.coming(now) for line in self.all])
 
     def share(self, write: Shared) -> Awaitable[Row]:
         """As the pool's `write`, for one that touches a single small document, which it finds by its _id.

@@ -24,6 +24,8 @@ _KEY = Struct(">Q")
 _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
 _HEAD = Struct("<dqH")  # expiry (Unix seconds; infinity: never), shape, length of the owner
 _HEAD_BYTES: Final = _HEAD.size
+# What changes with it: records that another version has written are of no use.
+FORMAT: Final = _HEAD.format
 _SWEEP_AT_ONCE: Final = 250
 # How long whoever goes on with a cursor whose collection has gone is told so.
 _BEREFT_SECONDS: Final = 600.0
@@ -35,7 +37,9 @@ class Cursor(NamedTuple):
     owner: bytes  # see `owner`
     expires: float  # Unix seconds; infinity for noCursorTimeout
     continuation: bytes  # empty: what it read has gone
-    shape: int = 0  # of the read that opened it: cursors of one shape cost about the same; 0: not known
+    # Of the find that opened it, as its worker reckons shapes: cursors of one shape cost about the same.  Elsewhere it
+    # may be another number, which costs no more than to measure it anew.  0: not known, as of aggregations.
+    shape: int = 0
 
     @property
     def namespace(self) -> bytes:

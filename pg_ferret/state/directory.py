@@ -1,7 +1,8 @@
 """The private directory that holds the workers' shared state.
 
 It lives in memory (/dev/shm) unless ``ferretdb.state_dir`` says otherwise.  What is in it belongs to one run of the
-postmaster, as the engine's cursor files do, and is wiped when that changes.
+postmaster, as the engine's cursor files do, and is wiped when that changes, or when another version of this code has
+written it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from config.settings import Config
 from pg_ferret.errors import StateDirError
+from pg_ferret.state.cursors import FORMAT
 
 _IDENTITY = "postmaster"
 # LMDB's table of readers beside cursors.mdb: 2,048 of 64 bytes, and its head.
@@ -43,7 +45,7 @@ def prepare(config: Config) -> Path:
     Raises StateDirError when it cannot be made or belongs to somebody else.
     """
     place = path(config)
-    identity = f"{_data_directory(config)}\n{config.server.started}\n"
+    identity = f"{_data_directory(config)}\n{config.server.started}\n{FORMAT}\n"
     try:
         _make_private(place)
         known = place / _IDENTITY

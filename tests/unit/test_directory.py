@@ -38,6 +38,14 @@ def test_equal_paths_in_two_containers_are_told_apart(tmp_path: Path) -> None:
     assert first.exists()
 
 
+def test_what_another_version_has_written_is_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = directory.prepare(configured(tmp_path, tmp_path / "data"))
+    (place / "cursors.mdb").touch()
+    monkeypatch.setattr(directory, "FORMAT", "another")
+    directory.prepare(configured(tmp_path, tmp_path / "data"))
+    assert not (place / "cursors.mdb").exists()
+
+
 def test_a_new_postmaster_starts_afresh_and_the_same_one_goes_on(tmp_path: Path) -> None:
     place = directory.prepare(configured(tmp_path, tmp_path / "data"))
     (place / "cursors.mdb").touch()

@@ -284,47 +284,53 @@ def test_pages_of_about_the_same_cost_have_the_same_shape() -> None:
 
 
 class Scan(Engine):
-    """One that has more for every find, in a crowd, and the registry of its cursors."""
+    """One that has more for every find, and the registry of its cursors."""
 
     def __init__(self, place: Path) -> None:
         super().__init__((), crowd=True)
+        self.crowd = True
+        self.pages.crowded = lambda _: self.crowd
         self.opened = 0
         self.cursors = Cursors(place)
-        settings = SimpleNamespace(cursor_timeout=1000)
-        self.config = SimpleNamespace(settings=settings)
+        self.config = SimpleNamespace(settings=SimpleNamespace(cursor_timeout=1000))
         self.engine, self.counters, self.user = self, SimpleNamespace(in_flight=1), b""
 
     async def _done(self, call: Call) -> Row:
         if call is GET_MORE:
             return b"page", None
         self.opened += 1
-        continuation = encode({"qi": Int64(self.opened), "qp": False, "qc": {"the": "command"}})
+        continuation = encode({"qi": Int64(self.opened), "qp": False, "qc": {"command": self.opened}})
         return b"page", continuation, self.opened.to_bytes(8, "big")
 
-    def ask(self, command: Document) -> int:
-        """The shape of a page."""
+    def ask(self, command: Document) -> None:
         body = encode(command | {"$db": "db"})
         request = parse(struct.pack("<iiiiIB", 21 + len(body), 1, 0, 2013, 0, 0) + body)
         client = SimpleNamespace(services=self, user=b"")
         asyncio.run(cast(Any, COMMANDS[request.name].handler(request, cast(Any, client))))
-        return self.paged[-1].shape
 
-    def first_and_next(self, size: int, **more: object) -> tuple[int, int]:
-        """The shapes of a first page and of the next one."""
-        first = self.ask({"find": "c", "filter": {"a": 1}} | more)
-        return first, self.ask({"getMore": Int64(self.opened), "collection": "c", "batchSize": size})
+    def next_page(self, size: int = 5, **more: object) -> int:
+        """The shape of the page behind the first one of a find."""
+        self.ask({"find": "c", "filter": {"a": 1}} | more)
+        self.crowd = True
+        self.ask({"getMore": Int64(self.opened), "collection": "c", "batchSize": size})
+        return self.paged[-1].shape
 
 
 def test_the_next_pages_of_finds_of_one_shape_have_the_same_shape(tmp_path: Path) -> None:
     scan = Scan(tmp_path)
-    first = scan.first_and_next(5)
-    assert first == scan.first_and_next(5, filter={"a": 2})
-    others = [
-        scan.first_and_next(6)[1],
-        scan.first_and_next(5, filter={"b": 1})[1],
-        scan.first_and_next(5, limit=100)[1],
-    ]
-    assert len({*first, *others}) == 5
+    shape = scan.next_page()
+    assert scan.next_page(filter={"a": 2}) == shape
+    others = [scan.next_page(6), scan.next_page(filter={"b": 1}), scan.next_page(limit=100)]
+    assert len({shape, *others}) == 4
+
+
+def test_those_of_finds_that_met_nobody_are_told_apart_by_their_commands(tmp_path: Path) -> None:
+    scan = Scan(tmp_path)
+    shapes = set()
+    for _ in range(2):
+        scan.crowd = False
+        shapes.add(scan.next_page())
+    assert len(shapes) == 2
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,109 @@
+"""Which connections serve many requests, and as what."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from pg_ferret.engine.backend import Backend, Lender
+from pg_ferret.engine.duties import Duties
+from pg_ferret.engine.limits import Limits
+from pg_ferret.engine.lines import Owner
+from pg_ferret.engine.writes import Room
+from tests.unit.fake_line import Loop, Server
+
+
+def _nothing(*_: object) -> Any:
+    return None
+
+
+class Stage:
+    """Duties for so many connections and processors."""
+
+    def __init__(self, largest: int = 40, processors: int = 2) -> None:
+        self.loop = cast(Any, Loop())
+        owner = Owner(_nothing, _nothing, _nothing, _nothing)
+        room = Room(_nothing, _nothing, _nothing, _nothing, _nothing)
+        self.duties = Duties(self.loop, owner, room, _nothing, _nothing)
+        self.duties.allot(Limits(1, largest, None, processors=processors))
+
+    def backend(self) -> Backend:
+        return Backend(cast(Any, Server()), self.loop, Lender(_nothing, _nothing, _nothing, _nothing))
+
+
+@pytest.mark.parametrize(
+    ("largest", "processors", "lines"),
+    [
+        (40, 2, (1, 2, 2, True)),
+        (40, 1, (1, 1, 1, True)),
+        (10, 2, (1, 2, 1, True)),
+        (8, 2, (1, 1, 1, True)),
+        (6, 2, (1, 0, 2, False)),
+        (4, 2, (1, 0, 1, False)),
+        (2, 2, (1, 0, 0, False)),
+        (1, 2, (0, 0, 0, False)),
+    ],
+)
+def test_half_of_the_connections_may_be_shared(
+    largest: int, processors: int, lines: tuple[int, int, int, bool]
+) -> None:
+    duties = Stage(largest, processors).duties
+    found = []
+    for kind in (duties.finds, duties.writes, duties.pages):
+        while kind.due:
+            kind.add(cast(Any, Server()))
+        found.append(len(kind.all))
+    assert (*found, duties.commits.allowed) == lines
+    assert sum(found) + duties.commits.allowed <= largest // 2
+
+
+def test_a_duty_is_wanted_once_and_given_once() -> None:
+    stage = Stage(processors=1)
+    duties, backend = stage.duties, stage.backend()
+    assert duties.fitting(backend) is None
+    assert (duties.want(duties.finds), duties.want(duties.finds)) == (True, False)
+    assert duties.fitting(backend) is duties.finds
+    assert duties.give(duties.finds, backend)
+    assert (len(duties.finds.all), duties.connections) == (1, 1)
+    duties.want(duties.finds)
+    assert not duties.give(duties.finds, stage.backend())  # there is enough of that
+    assert duties.fitting(backend) is None
+    (line,) = duties.lines()
+    assert (duties.remove(line), duties.remove(line), duties.connections) == (True, False, 0)
+
+
+def test_one_connection_flushes_if_that_is_allowed() -> None:
+    stage = Stage()
+    duties, flusher = stage.duties, stage.backend()
+    for backend, given in ((flusher, True), (stage.backend(), False)):
+        duties.want(duties.commits)
+        assert duties.give(duties.commits, backend) == given
+    assert duties.commits.backend is flusher
+    few = Stage(largest=6).duties
+    few.want(few.commits)
+    assert not few.give(few.commits, flusher)
+    assert not few.flush_pays(100)
+
+
+def test_a_connection_with_large_buffers_serves_one_at_a_time() -> None:
+    stage = Stage()
+    backend = stage.backend()
+    backend.swollen = True
+    stage.duties.want(stage.duties.pages)
+    assert stage.duties.fitting(backend) is None
+
+
+def test_writes_share_from_many_until_there_are_few() -> None:
+    stage = Stage()
+    duties = stage.duties
+    assert [duties.flush_pays(others) for others in (5, 6)] == [False, True]
+    under_way = (5, 6, 5, 3, 2, 3, 5, 6)
+    assert [duties.crowded(others) for others in under_way] == [False, True, True, True, False, False, False, True]
+    duties.commits.pending = 3
+    assert [duties.crowded(others) for others in (0, 3, 0)] == [True, True, True]
+    duties.commits.pending = 0
+    assert duties.crowded(6)
+    duties.want(duties.commits)
+    duties.give(duties.commits, stage.backend())  # the connection before it has gone
+    assert not duties.crowded(5)
