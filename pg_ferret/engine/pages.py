@@ -26,13 +26,13 @@ from pg_ferret.engine.pipeline import (
     Session,
 )
 from pg_ferret.engine.scheduling import work_of
-from pg_ferret.engine.shared import AWAY_SECONDS, MOST_WAITING, READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
+from pg_ferret.engine.shared import MOST_WAITING, READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
 # A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
 # than so many times the mean is cheap there, as long as it takes no more than so many seconds.
 _CHEAP_TIMES: Final = 4.0
 _MOST_CHEAP_SECONDS: Final = STALL_SECONDS / 2
-# And where a page takes so much longer than it may, pages like it stay away: they differ in what they cost.
+# And where a page takes so much longer than it may, pages like it stay away for a while: they differ in what they cost.
 _LONG_SECONDS: Final = 0.02
 # Where pages, in the mean of so many, take PostgreSQL more of a processor's time, nobody joins others: to wake it up
 # for each costs next to nothing then.  Nor where they take more time, and it runs or waits for a processor for less
@@ -45,6 +45,7 @@ _BUSY_PART: Final = 1 / 3
 class PageLine(ReadLine):
     """The connection: a queue of pages."""
 
+    _AWAY_SECONDS = 1.0
     __slots__ = ("_heavy", "_pages", "_queue", "_taken", "_work")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
@@ -128,7 +129,7 @@ class PageLine(ReadLine):
         if self._pages == LOOKED_AT:
             self._judge()
         if now - self._late > _LONG_SECONDS:
-            self._costs.keep_away(read.shape, now + AWAY_SECONDS)
+            self._costs.keep_away(read.shape, now + self._AWAY_SECONDS)
         elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
             self._costs.keep_away(read.shape, now)
         if self._queue:

@@ -29,6 +29,8 @@ from pg_ferret.engine.shared import MOST_WAITING, READ_ON_BYTES, SLOW_TIMES, Rea
 class PointLine(ReadLine):
     """The connection: what it is given in one turn of the loop is a batch, in which none may open a cursor."""
 
+    # They hardly differ in what they cost: it was PostgreSQL's process that stood still.
+    _AWAY_SECONDS = 0.0
     __slots__ = ("_batches", "_filling", "_scheduled")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import ClassVar, Final
 
 from psycopg import pq
 
@@ -27,8 +27,6 @@ from pg_ferret.errors import EngineError, EngineLostError
 _EACH_SECONDS: Final = 0.0005
 # In a line only one that takes so many times as long is slow: a busy machine makes one in a hundred wait.
 SLOW_TIMES: Final = 2.0
-# What has held a line up stays away for so long, and so does what is like it, even if one of them is cheap.
-AWAY_SECONDS: Final = 1.0
 MOST_WAITING: Final = 128
 # Pages share while they meet so many other requests, in the mean of some dozens.
 _CROWD = 3.0
@@ -43,6 +41,8 @@ Waiting = tuple[Shared, asyncio.Future[Row]]
 class ReadLine(Line):
     """A connection for reads."""
 
+    # What has held a line up stays away for so long, and so does what is like it, even if one of them is cheap.
+    _AWAY_SECONDS: ClassVar[float]
     __slots__ = ("_answered", "_costs", "_late", "_leaving", "_owner", "_read_on", "_since")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
@@ -123,7 +123,7 @@ class ReadLine(Line):
     def _stands_still(self) -> None:
         waiting = self._give_up()
         first, _ = waiting[0]
-        self._costs.keep_away(first.shape, self._loop.time() + AWAY_SECONDS)
+        self._costs.keep_away(first.shape, self._loop.time() + self._AWAY_SECONDS)
         self._owner.stalled(self, first)
         for one in waiting:
             self._elsewhere(*one)

@@ -107,7 +107,7 @@ def test_a_line_that_stands_still_is_given_up(together: bool) -> None:
     assert stage.elsewhere == stage.reads[1:]
     assert stage.line.lost
     assert stage.line.waiting == 0
-    for seconds, cheap in ((0.0, False), (0.8, False), (1.1, True)):
+    for seconds, cheap in ((0.0, together), (0.8, together), (1.1, True)):
         stage.costs.note(_SHAPE, 0.0, stage.loop.now + seconds)
         assert (_SHAPE in stage.costs.cheap) == cheap
 
