@@ -133,7 +133,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
         launcher = procfs.pss_bytes({pg_ferret_launcher(cluster) or 0})
         for target in targets:
             target.setup()
-        targets.append(Pgbench(cluster, bin_dir, targets[0].database))
+        targets.append(Pgbench(cluster, bin_dir))
         cluster.psql("vacuum analyze")
         cluster.psql("checkpoint")
         started = time.monotonic()

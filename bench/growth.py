@@ -10,7 +10,7 @@ from bson import Int64
 from pymongo import MongoClient
 
 from bench.plan import Point
-from bench.targets import PgFerret, Sample
+from bench.targets import DATABASE, PgFerret, Sample
 from dev.cluster import wait_for
 
 _POINTS = (Point("find", 16), Point("insert", 16), Point("scan", 16))
@@ -38,14 +38,14 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
     _resize(target, 2)
     under("2 workers")
     with MongoClient[dict[str, Any]](target.uri, maxPoolSize=_THREADS) as client:
-        database = client[target.database]
+        database = client[DATABASE]
 
         def open_cursor(_: int) -> Int64:
             # PyMongo would send an id of less than 32 bits as an int, which killCursors refuses, as MongoDB does.
             return Int64(database.command("find", "docs", batchSize=1)["cursor"]["id"])
 
         def create(number: int) -> None:
-            client[f"{target.database}_many"].create_collection(f"c{number}", check_exists=False)
+            client[f"{DATABASE}_many"].create_collection(f"c{number}", check_exists=False)
 
         with ThreadPoolExecutor(_THREADS) as threads:
             opened = list(threads.map(open_cursor, range(cursors)))

@@ -9,11 +9,14 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from bench import procfs
 from bench.plan import Point
 from dev.cluster import PG_BIN, SERVER_USER, Cluster, answers_hello, free_port, server_user, wait_for
+
+# All targets read and write the same documents: copies, by where they happen to lie in memory, differ by a tenth.
+DATABASE: Final = "bench"
 
 
 @dataclass
@@ -44,8 +47,8 @@ class Sample:
 class Load:
     """A load generator that has prepared everything and waits for ``go``."""
 
-    def __init__(self, program: Path, uri: str, database: str, point: Point, seconds: float) -> None:
-        arguments = ["-uri", uri, "-db", database, "-op", point.op, "-clients", str(point.clients)]
+    def __init__(self, program: Path, uri: str, point: Point, seconds: float) -> None:
+        arguments = ["-uri", uri, "-db", DATABASE, "-op", point.op, "-clients", str(point.clients)]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
             [program, *arguments, "-seconds", str(seconds)],
@@ -83,7 +86,7 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 
 
 class Target:
-    """A gateway on ``uri`` in front of ``cluster``, with a database of its own."""
+    """A gateway on ``uri`` in front of ``cluster``."""
 
     name: str
     uri: str
@@ -91,11 +94,6 @@ class Target:
     def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
         self.cluster = cluster
         self.bin_dir = bin_dir
-
-    @property
-    def database(self) -> str:
-        """The MongoDB database that this target reads and writes."""
-        return f"bench_{self.name}".lower()
 
     def gateway(self) -> set[int]:
         """Process ids of the gateway."""
@@ -113,13 +111,13 @@ class Target:
         return True
 
     def setup(self) -> None:
-        """Load the documents. CalledProcessError if that fails."""
-        command: list[str | Path] = [self.bin_dir / "load", "-setup", "-uri", self.uri, "-db", self.database]
+        """Load the documents, in place of those that are there. CalledProcessError if that fails."""
+        command: list[str | Path] = [self.bin_dir / "load", "-setup", "-uri", self.uri, "-db", DATABASE]
         subprocess.run(command, check=True)
 
     def load(self, point: Point, seconds: float) -> Load:
         """Start the load generator; it waits for ``run``."""
-        return Load(self.bin_dir / "load", self.uri, self.database, point, seconds)
+        return Load(self.bin_dir / "load", self.uri, point, seconds)
 
     def measure(self, point: Point, seconds: float) -> Sample:
         """One run of one operation."""
@@ -243,7 +241,7 @@ class Pgbench(Target):
 
     name = "pgbench"
 
-    def __init__(self, cluster: Cluster, bin_dir: Path, documents_of: str) -> None:
+    def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
         super().__init__(cluster, bin_dir)
         self._directory = tempfile.TemporaryDirectory(prefix="bench-pgbench-")
         self._script = Path(self._directory.name) / "find.sql"
@@ -252,7 +250,7 @@ class Pgbench(Target):
         self._script.write_text(
             "\\set id random(0, 9999)\n"
             "SELECT * FROM documentdb_api.find_cursor_first_page("
-            f"'{documents_of}', ('{command}')::documentdb_core.bson);\n"
+            f"'{DATABASE}', ('{command}')::documentdb_core.bson);\n"
         )
 
     def can(self, point: Point) -> bool:
