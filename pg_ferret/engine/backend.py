@@ -84,17 +84,12 @@ class Backend(Pipeline):
         self.busy = True
         try:
             if timeout_ms is not None:
-                self._send(STATEMENT_TIMEOUT, (timeout_ms,))
-            self._send(call, params)
+                self._add_call(STATEMENT_TIMEOUT, (timeout_ms,))
+            self._add_call(call, params)
             self._sync()
         except psycopg.Error:
             self._end()
         return waiter
-
-    def _send(self, call: Call, params: Params) -> None:
-        if call.name not in self._prepared:
-            self._prepare(call)
-        self._pg.send_query_prepared(call.name, params, call.formats, 1)
 
     def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:

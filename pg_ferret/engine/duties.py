@@ -56,7 +56,7 @@ class Duties:
         self.pages = reads(PageLine)
         shapes = Shapes()
         make = partial(WriteLine, loop=loop, shapes=shapes, committed=self.commits.add, owner=owner)
-        self.writes = Writes(make, loop.time, shapes, room)
+        self.writes = Writes(make, shapes, room)
         self._crowd = False  # whether writes share
         self.wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
         self.connections = 0  # that are lines

@@ -78,9 +78,7 @@ class PageLine(ReadLine):
         self._queue.append((read, waiter))
         call, params, _, _ = read
         try:
-            if call.name not in self._prepared:
-                self._prepare(call)
-            self._pg.send_query_prepared(call.name, params, call.formats, 1)
+            self._add_call(call, params)
             self._sync()
         except psycopg.Error:
             self._end()

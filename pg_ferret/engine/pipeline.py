@@ -101,6 +101,12 @@ class Pipeline(ABC):
             self._pg.send_prepare(call.name, call.sql)
             self._preparing.append(call.name)
 
+    def _add_call(self, call: Call, params: Params) -> None:
+        """Add a call to the batch that libpq collects, prepared if need be.  Raises psycopg.Error."""
+        if call.name not in self._prepared:
+            self._prepare(call)
+        self._pg.send_query_prepared(call.name, params, call.formats, 1)
+
     def _sync(self) -> None:
         """Send the batch that libpq has collected.  Raises psycopg.Error."""
         self._pg.pipeline_sync()

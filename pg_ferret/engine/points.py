@@ -58,9 +58,7 @@ class PointLine(ReadLine):
         self._filling.append((read, waiter))
         call, params, _, _ = read
         try:
-            if call.name not in self._prepared:
-                self._prepare(call)
-            self._pg.send_query_prepared(call.name, params, call.formats, 1)
+            self._add_call(call, params)
         except psycopg.Error:
             self._end()
         if not self._scheduled:

@@ -136,9 +136,9 @@ class WriteLine(Line):
             return False
         return not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS
 
-    def coming(self, now: float) -> int:
+    def coming(self) -> int:
         """How many are about to be committed: none if the first one takes long, because it may wait for a lock."""
-        return len(self.queue) if now - self._since <= _LATE_SECONDS else 0
+        return len(self.queue) if self._loop.time() - self._since <= _LATE_SECONDS else 0
 
     @property
     def open(self) -> bool:
@@ -286,13 +286,10 @@ class Room(NamedTuple):
 class Writes(Lines[WriteLine]):
     """All of them."""
 
-    __slots__ = ("_alone", "_apart", "_crowded", "_free", "_now", "_shapes", "_want")
+    __slots__ = ("_alone", "_apart", "_crowded", "_free", "_shapes", "_want")
 
-    def __init__(
-        self, make: Callable[[Session], WriteLine], now: Callable[[], float], shapes: Shapes, room: Room
-    ) -> None:
+    def __init__(self, make: Callable[[Session], WriteLine], shapes: Shapes, room: Room) -> None:
         super().__init__(make)
-        self._now = now
         self._shapes = shapes
         self._crowded, self._alone, self._apart, self._free, self._want = room
 
@@ -310,8 +307,7 @@ class Writes(Lines[WriteLine]):
 
     def coming(self) -> int:
         """How many are about to be committed; some may turn out to change nothing."""
-        now = self._now()
-        return sum([line.coming(now) for line in self.all])
+        return sum([line.coming() for line in self.all])
 
     def share(self, write: Shared) -> Awaitable[Row]:
         """As the pool's `write`, for one that touches a single small document, which it finds by its _id.

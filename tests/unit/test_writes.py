@@ -190,7 +190,7 @@ class Pool:
         self.is_free = True
         room = Room(lambda: self.is_crowded, self._alone, self._apart, lambda: self.is_free, self._want)
         lines = iter([stage.line, *(other.line for other in more)])
-        self.writes = Writes(lambda _: next(lines), stage.loop.time, stage.shapes, room)
+        self.writes = Writes(lambda _: next(lines), stage.shapes, room)
         self.writes.allot(2)
 
     def _want(self, _: object) -> None:
