@@ -10,6 +10,7 @@ from typing import Final
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.commits import Commits, Committed
 from pg_ferret.engine.costs import Costs
+from pg_ferret.engine.crowd import Crowd
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pages import PageLine
@@ -24,10 +25,10 @@ from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
 _LINES_OF_FINDS: Final = 1
 _MOST_LINES_OF_PAGES: Final = 2
 _MOST_LINES_OF_WRITES: Final = 2
-# A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way on,
-# until there are so few. A mixture of both would be slower than either.
-_CROWD = 6
-_NO_CROWD = 2
+# A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way in the
+# mean on, until there are so few. A mixture of both is slower than either.
+_CROWD: Final = 4.0
+_NO_CROWD: Final = 2.5
 
 Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 
@@ -57,7 +58,7 @@ class Duties:
         shapes = Shapes()
         make = partial(WriteLine, loop=loop, shapes=shapes, committed=self.commits.add, owner=owner)
         self.writes = Writes(make, shapes, room)
-        self._crowd = False  # whether writes share
+        self._crowd = Crowd(_CROWD, _NO_CROWD)  # of writes
         self.wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
         self.connections = 0  # that are lines
 
@@ -80,23 +81,9 @@ class Duties:
         self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
         self.commits.allowed = flush
 
-    def flush_pays(self, under_way: int) -> bool:
-        """Whether one of the connections had better flush what all others commit, with so many under way."""
-        return self.commits.allowed and under_way >= _CROWD
-
     def crowded(self, under_way: int) -> bool:
-        """Whether the next write had better share connection and flush, with so many on connections of their own.
-
-        To be asked only if there is a connection that flushes.
-        """
-        if not self.commits.allowed:
-            return False
-        others = under_way + self.commits.pending + self.writes.waiting
-        if others >= _CROWD:
-            self._crowd = True
-        elif others <= _NO_CROWD:
-            self._crowd = False
-        return self._crowd
+        """Whether the next write had better share connection and flush, with so many on connections of their own."""
+        return self.commits.allowed and self._crowd.meets(under_way + self.commits.pending + self.writes.waiting)
 
     def want(self, duty: Duty) -> bool:
         """Another connection is to serve in this way; False if that is wanted already."""
@@ -116,7 +103,6 @@ class Duties:
             if not duty.allowed or duty.backend is not None:
                 return False
             duty.backend = backend
-            self._crowd = False
         elif duty.due:
             backend.detach()
             duty.add(backend.connection)

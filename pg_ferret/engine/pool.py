@@ -178,8 +178,6 @@ class Pool:
         return self._alone(call, params)
 
     def _alone(self, call: Call, params: Params) -> Awaitable[Row]:
-        if self._commits.backend is None and self._duties.flush_pays(self._under_way()):
-            self._want(self._commits)
         return self.call(call, (*params, FALSE))
 
     def _under_way(self) -> int:
@@ -188,7 +186,12 @@ class Pool:
         return len(self._all) - len(self._idle) - flusher + len(self._queue.requests)
 
     def _crowded(self) -> bool:
-        return self._commits.backend is not None and self._duties.crowded(self._under_way())
+        if not self._duties.crowded(self._under_way()):
+            return False
+        if self._commits.backend is None:
+            self._want(self._commits)
+            return False
+        return True
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:

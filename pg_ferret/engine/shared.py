@@ -18,6 +18,7 @@ from psycopg import pq
 
 from pg_ferret.engine.calls import FIND, GET_MORE
 from pg_ferret.engine.costs import Costs
+from pg_ferret.engine.crowd import Crowd
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import Row, Session
 from pg_ferret.engine.sqlstate import CANCELLED, UNPREPARED
@@ -28,9 +29,8 @@ _EACH_SECONDS: Final = 0.0005
 # In a line only one that takes so many times as long is slow: a busy machine makes one in a hundred wait.
 SLOW_TIMES: Final = 2.0
 MOST_WAITING: Final = 128
-# Pages share while they meet so many other requests, in the mean of some dozens.
-_CROWD = 3.0
-_OTHERS_WEIGHT: Final = 1 / 64
+# Pages share while they meet so many other requests in the mean: few of them do better side by side.
+_CROWD: Final = 3.0
 
 # libpq reads 16 kB at a time: behind an answer of so many bytes it has hardly read the next one, which may have come.
 READ_ON_BYTES: Final = 8192
@@ -162,7 +162,7 @@ class ReadLine(Line):
 class Reads(Lines[ReadLine]):
     """The connections that reads share: results are a document and, of a page that goes on, its cursor."""
 
-    __slots__ = ("_free", "_measured", "_only", "_others", "costs")
+    __slots__ = ("_free", "_measured", "_only", "costs", "crowded")
 
     def __init__(
         self,
@@ -180,15 +180,8 @@ class Reads(Lines[ReadLine]):
         self._only: ReadLine | None = None  # there is one, and there will be no other
         self._measured = measured
         self._free = free
-        self._others = 0.0  # how many other requests a page has met lately
-
-    def crowded(self, others: int) -> bool:
-        """To be asked for every page that may `share`: whether it had better, with so many other requests under way.
-
-        Few of them do better side by side.
-        """
-        self._others += (others - self._others) * _OTHERS_WEIGHT
-        return self._others >= _CROWD
+        # To be asked for every page that may `share`, with the number of other requests: whether it had better.
+        self.crowded = Crowd(_CROWD, _CROWD).meets
 
     def share(self, read: Shared) -> Awaitable[Row]:
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""
