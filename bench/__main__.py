@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import growth, procfs
 from bench.plan import FULL, QUICK, TITLES, Plan, Point
-from bench.targets import FerretDB, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
+from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
 _SETTINGS = {
@@ -86,32 +86,32 @@ def _line(sample: Sample) -> str:
     )
 
 
-def idle_memory(target: Target, clients: int, rest: float) -> dict[str, object]:
-    """PSS of a target now, with so many more clients that do nothing, and without them; after ``rest`` seconds each."""
-    time.sleep(rest)
-    before = target.memory()
-    load = target.load(Point("idle", clients), 0)
-    error = "" if load.ready else str(load.run().get("error"))
-    time.sleep(rest if load.ready else 0)
-    after = target.memory()
-    if load.ready:
-        load.run()
-    load.close()
-    time.sleep(rest)
-    gone = target.memory()
-    say(
-        f"{target.name}: {before[0] / 1e6:.1f} MB, {after[0] / 1e6:.1f} MB with {clients:,} idle clients,"
-        f" {gone[0] / 1e6:.1f} MB when they have gone {error}"
-    )
-    return {
-        "target": target.name,
-        "clients": clients,
-        "gateway_before": before[0],
-        "gateway": after[0],
-        "gateway_gone": gone[0],
-        "postgres": after[1],
-        "error": error,
-    }
+def idle_memory(target: Target, counts: tuple[int, ...], rest: float) -> dict[str, object]:
+    """PSS of a target with so many clients at a time, and then without them; after ``rest`` seconds each.
+
+    The first ones are looked at when they have said hello, too; then, like all others, each has read a document.
+    """
+
+    def rested() -> int:
+        time.sleep(rest)
+        return target.memory()[0]
+
+    found: dict[str, object] = {"target": target.name, "clients": counts}
+    asked: list[int] = []
+    loads: list[Load] = []
+    for count, fewer in zip(counts, (0, *counts), strict=False):
+        loads.append(load := target.load(Point("idle", count - fewer), 0))
+        if load.ready and not fewer:
+            found["said_hello"] = rested()
+        if error := load.run().get("error"):
+            found["error"] = error
+            break
+        asked.append(rested())
+    for load in loads:
+        load.close()
+    found |= {"asked": asked, "gone": rested()}
+    say(f"{target.name}: {found}")
+    return found
 
 
 def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
@@ -185,7 +185,7 @@ def main() -> int:
         points = tuple(point for point in plan.points if point.op in options.only)
         if not points:
             parser.error(f"none of these is measured here: {' '.join(options.only)}")
-        plan = replace(plan, points=points, idle=0, cursors=0, collections=0)
+        plan = replace(plan, points=points, idle=(), cursors=0, collections=0)
     plan = replace(plan, rounds=options.rounds or plan.rounds)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -9,7 +9,7 @@ from typing import Any
 from bson import Int64
 from pymongo import MongoClient
 
-from bench.plan import Point
+from bench.plan import ONE_WORKER, TWO_WORKERS, Point
 from bench.targets import DATABASE, PgFerret, Sample
 from dev.cluster import wait_for
 
@@ -17,7 +17,10 @@ _POINTS = (Point("find", 16), Point("insert", 16), Point("scan", 16))
 # Reads everywhere: only with the collections there, and only after the backends have seen most of them.
 _ANYWHERE = Point("find-anywhere", 16)
 _WARM_UP_SECONDS = 20.0
+# Workers that have just come have connections to PostgreSQL that know nothing yet.
+_SETTLE_SECONDS = 1.0
 _ROUNDS = 2
+_TURNS = 4
 _THREADS = 16
 
 
@@ -25,18 +28,20 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
     """Samples under one condition after the other; ``target`` of a sample is the condition's name."""
     samples: list[Sample] = []
 
-    def under(condition: str, *more: Point) -> None:
-        for _ in range(_ROUNDS):
+    def under(condition: str, *more: Point, rounds: int = _ROUNDS) -> None:
+        for _ in range(rounds):
             for point in (*_POINTS, *more):
                 sample = target.measure(point, seconds)
                 sample.target = condition
                 samples.append(sample)
                 say(f"{condition}: {point.op} {sample.ops / sample.seconds:,.0f}/s")
 
-    _resize(target, 1)
-    under("1 worker")
-    _resize(target, 2)
-    under("2 workers")
+    for _ in range(_TURNS):
+        for workers, condition in enumerate((ONE_WORKER, TWO_WORKERS), 1):
+            _resize(target, workers)
+            for point in _POINTS:
+                target.measure(point, _SETTLE_SECONDS)
+            under(condition, rounds=1)
     with MongoClient[dict[str, Any]](target.uri, maxPoolSize=_THREADS) as client:
         database = client[DATABASE]
 

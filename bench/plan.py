@@ -30,6 +30,8 @@ TITLES = {
     "find-paced-beside": "find by _id, 4,000 a second, one of the clients aggregates 1,000,000 rows",
     "connect": "connect, hello, close",
 }
+# Conditions that are compared (bench/growth.py).
+ONE_WORKER, TWO_WORKERS = "1 worker", "2 workers"
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """``rounds`` passes over ``points``, each for ``seconds`` per target; ``idle`` clients that do nothing,
-    and ``rest`` seconds before memory is looked at.
+    """``rounds`` passes over ``points``, each for ``seconds`` per target; so many ``idle`` clients at once,
+    one number after the other, and ``rest`` seconds before memory is looked at.
 
     And pg_ferret alone with so many ``cursors`` open and so many ``collections`` more, if any.
     """
@@ -51,7 +53,7 @@ class Plan:
     points: tuple[Point, ...]
     rounds: int
     seconds: float
-    idle: int
+    idle: tuple[int, ...]  # ascending
     rest: float = 0.0
     cursors: int = 0
     collections: int = 0
@@ -81,7 +83,7 @@ QUICK = Plan(
     ),
     rounds=1,
     seconds=1.0,
-    idle=1000,
+    idle=(1000,),
 )
 
 FULL = Plan(
@@ -111,7 +113,7 @@ FULL = Plan(
     ),
     rounds=5,
     seconds=2.0,
-    idle=10_000,
+    idle=(8_000, 10_000),
     rest=12.0,  # what a moment's work took is given back by then, as far as a target does so
     cursors=100_000,
     collections=10_000,

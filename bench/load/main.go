@@ -71,7 +71,7 @@ func run() error {
 	ctx := context.Background()
 	switch *name {
 	case "idle":
-		return idle(*uri, *clients)
+		return idle(*uri, *database, *clients)
 	case "connect":
 		return report(connectStorm(*uri, *clients, *seconds))
 	}

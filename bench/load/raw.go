@@ -6,12 +6,16 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"os"
 	"time"
 
 	"go.mongodb.org/mongo-driver/v2/bson"
 )
 
 const opMsg = 2013
+
+// headerBytes come before a message's document: its header, flags, and the kind of its only section.
+const headerBytes = 16 + 4 + 1
 
 // greeter connects and says hello, without the driver's monitoring and pooling. Message and buffer are made once.
 type greeter struct {
@@ -26,17 +30,24 @@ func newGreeter(uri string) (*greeter, error) {
 	if err != nil {
 		return nil, err
 	}
-	body, err := bson.Marshal(bson.D{{Key: "hello", Value: 1}, {Key: "$db", Value: "admin"}})
+	message, err := encode(bson.D{{Key: "hello", Value: 1}, {Key: "$db", Value: "admin"}})
 	if err != nil {
 		return nil, err
 	}
-	message := binary.LittleEndian.AppendUint32(nil, uint32(16+5+len(body)))
+	dialer := net.Dialer{Timeout: 10 * time.Second, KeepAlive: -1}
+	return &greeter{address: target.Host, dialer: dialer, message: message, buffer: make([]byte, 64<<10)}, nil
+}
+
+func encode(command bson.D) ([]byte, error) {
+	body, err := bson.Marshal(command)
+	if err != nil {
+		return nil, err
+	}
+	message := binary.LittleEndian.AppendUint32(nil, uint32(headerBytes+len(body)))
 	message = binary.LittleEndian.AppendUint32(message, 1)
 	message = binary.LittleEndian.AppendUint32(message, 0)
 	message = binary.LittleEndian.AppendUint32(message, opMsg)
-	message = append(append(message, 0, 0, 0, 0, 0), body...)
-	dialer := net.Dialer{Timeout: 10 * time.Second, KeepAlive: -1}
-	return &greeter{address: target.Host, dialer: dialer, message: message, buffer: make([]byte, 64<<10)}, nil
+	return append(append(message, 0, 0, 0, 0, 0), body...), nil
 }
 
 // hello opens a connection and exchanges hello on it.
@@ -45,45 +56,67 @@ func (g *greeter) hello() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	connection.SetDeadline(time.Now().Add(30 * time.Second))
-	if err = g.exchange(connection); err != nil {
+	if _, err = g.exchange(connection, g.message); err != nil {
 		connection.Close()
 		return nil, err
 	}
 	return connection, nil
 }
 
-func (g *greeter) exchange(connection net.Conn) error {
-	if _, err := connection.Write(g.message); err != nil {
-		return err
+// exchange sends a message; the reply's document is good until the next one.
+func (g *greeter) exchange(connection net.Conn, message []byte) (bson.Raw, error) {
+	connection.SetDeadline(time.Now().Add(30 * time.Second))
+	if _, err := connection.Write(message); err != nil {
+		return nil, err
 	}
-	got, err := io.ReadAtLeast(connection, g.buffer, 16)
+	got, err := io.ReadAtLeast(connection, g.buffer, headerBytes)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	length := int(binary.LittleEndian.Uint32(g.buffer))
-	if length < 16 || length > len(g.buffer) {
-		return fmt.Errorf("a reply of %d bytes to hello", length)
+	if length < headerBytes || length > len(g.buffer) {
+		return nil, fmt.Errorf("a reply of %d bytes", length)
 	}
 	_, err = io.ReadFull(connection, g.buffer[got:max(got, length)])
-	return err
+	return g.buffer[headerBytes:length], err
 }
 
-// idle opens connections, says "ready", and keeps them until a line comes.
-func idle(uri string, count int) error {
+// idle opens connections that say hello, and at a line has each read a document, as drivers do, which open one when they
+// have something to ask. Then it prints how many have, and keeps them until its input ends.
+func idle(uri, database string, count int) error {
 	greeter, err := newGreeter(uri)
 	if err != nil {
 		return err
 	}
-	for number := range count {
-		connection, err := greeter.hello()
-		if err != nil {
-			return fmt.Errorf("connection %d: %w", number+1, err)
+	find, err := encode(bson.D{
+		{Key: "find", Value: "docs"}, {Key: "filter", Value: byID(0)}, {Key: "limit", Value: 1},
+		{Key: "singleBatch", Value: true}, {Key: "$db", Value: database},
+	})
+	if err != nil {
+		return err
+	}
+	connections := make([]net.Conn, count)
+	for i := range connections {
+		if connections[i], err = greeter.hello(); err != nil {
+			return fmt.Errorf("connection %d: %w", i+1, err)
 		}
-		defer connection.Close()
+		defer connections[i].Close()
 	}
 	waitForGo()
-	return nil
+	for i, connection := range connections {
+		reply, err := greeter.exchange(connection, find)
+		if err != nil {
+			return fmt.Errorf("connection %d: %w", i+1, err)
+		}
+		if _, err = reply.LookupErr("cursor", "firstBatch", "0", "_id"); err != nil {
+			return fmt.Errorf("connection %d: %v in %v", i+1, err, reply)
+		}
+	}
+	if err = report(&result{Ops: count}, nil); err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, os.Stdin)
+	return err
 }
 
 // connectStorm counts how often clients can connect, say hello and leave.

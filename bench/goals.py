@@ -1,0 +1,74 @@
+"""What was aimed at, and whether a run has reached it."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.figures import Cell, pairs, ratios_of, rounds, slowdowns
+from bench.plan import ONE_WORKER, TITLES, TWO_WORKERS
+
+# What pg_ferret divided by FerretDB is meant to be: operation, clients, ops/s at least, the gateway's CPU at most.
+_GOALS = (
+    ("ping", 16, 2.0, 1.0),
+    ("find", 16, 1.7, 0.5),
+    ("find", 64, 2.0, 0.5),
+    ("insert", 16, 1.3, 0.55),
+    ("update", 16, 1.3, 0.5),
+    ("insertMany", 16, 1.15, 0.5),
+    ("scan", 16, 1.4, 0.4),
+    ("group", 16, 1.0, 1.0),
+    ("connect", 16, 1.5, 1.0),
+)
+_GOAL_MEMORY = 0.2
+_GOAL_BESIDE = 1.5
+_GOAL_CLIENTS = 0.8
+# The aggregation takes one of two cores: who sends as fast as it is answered waits longer for that alone.
+BESIDE = {"find-paced": "4,000 a second", "find": "as many as are answered"}
+_ALONE = "(pg_ferret alone)"
+
+
+def goals(run: dict[str, Any]) -> list[str]:
+    """What was aimed at, and whether it is reached."""
+    compared = ratios_of(run)
+    lines = ["", "Goals:", "", "| pg_ferret divided by FerretDB | aimed at | measured | |", "|---|--:|--:|---|"]
+
+    def goal(name: str, aim: float, figure: float, least: bool = False) -> None:
+        reached = figure >= aim if least else figure <= aim
+        sign = "≥" if least else "≤"
+        lines.append(f"| {name} | {sign} {aim:g} | {figure:.2f} | {'reached' if reached else '**missed**'} |")
+
+    for op, clients, rate, gateway in _GOALS:
+        if ratio := compared.get((op, clients)):
+            goal(f"{TITLES[op]}, {clients} clients: ops/s", rate, ratio.rate, least=True)
+            goal(f"{TITLES[op]}, {clients} clients: CPU of gateway", gateway, ratio.gateway)
+            goal(f"{TITLES[op]}, {clients} clients: p99", 1.0, ratio.p99)
+    found = [idle for idle in run["idle"] if "error" not in idle]
+    states = {"just started": {idle["target"]: run["fresh_memory"][idle["target"]][0] for idle in found}}
+    for number, count in enumerate(found[0]["clients"] if found else ()):
+        states[f"with {count:,} idle clients"] = {idle["target"]: idle["asked"][number] for idle in found}
+    states["with none, when these have gone"] = {idle["target"]: idle["gone"] for idle in found}
+    for name, memory in states.items():
+        if memory.get("FerretDB") and memory.get("pg_ferret"):
+            goal(f"memory, {name}", _GOAL_MEMORY, memory["pg_ferret"] / memory["FerretDB"])
+    for op, way in BESIDE.items():
+        if slowdown := slowdowns(run, op).get("pg_ferret"):
+            goal(f"{_ALONE} point reads, {way}: p99 beside an aggregation by that without", _GOAL_BESIDE, slowdown)
+    by_clients = rounds(run)
+    for op in ("find", "insert"):
+        many, few = (by_clients.get((op, clients), {}).get("pg_ferret", []) for clients in (256, 16))
+        if together := pairs(many, few):
+            goal(f"{_ALONE} {TITLES[op]}, 256 clients by 16: ops/s", _GOAL_CLIENTS, _rates(together), least=True)
+    for (op, clients), row in rounds({"samples": run.get("growth", [])}).items():
+        if together := pairs(row.get(TWO_WORKERS, []), row.get(ONE_WORKER, [])):
+            goal(
+                f"{_ALONE} {TITLES[op]}, {clients} clients, two workers by one: ops/s",
+                1.0,
+                _rates(together),
+                least=True,
+            )
+    return lines if len(lines) > 5 else []
+
+
+def _rates(together: list[tuple[Cell, Cell]]) -> float:
+    return statistics.median(one.rate / other.rate for one, other in together)
