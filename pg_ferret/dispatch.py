@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+from functools import partial
+
 import structlog
 
 import pg_ferret.commands  # noqa: F401  (fills the registry)
 from pg_ferret import codes
+from pg_ferret.commands.arguments import timeout
 from pg_ferret.commands.concerns import check_concerns
 from pg_ferret.commands.stable_api import check_api
 from pg_ferret.engine.sqlstate import TROUBLE, command_error
 from pg_ferret.errors import CommandError, EngineError, EngineLostError, ProtocolError
-from pg_ferret.registry import COMMANDS, MISSING, Command
+from pg_ferret.registry import COMMANDS, MISSING, Command, Handler
 from pg_ferret.state.client import Client
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request, parse, reply, reply_head
@@ -68,7 +72,15 @@ def _admitted(request: Request) -> Command:
         raise CommandError(352, f"Unsupported OP_QUERY command: {command.name}")
     if command.admin_only and request.string(b"$db") != b"admin":
         raise CommandError(13, f"{command.name} may only be run against the admin database.")
+    if b"maxTimeMS" in request.fields:
+        return command._replace(handler=partial(_limited, command.handler))
     return command
+
+
+def _limited(handler: Handler, request: Request, client: Client) -> Awaitable[bytes]:
+    """The engine would take a limit below zero for none."""
+    timeout(request)
+    return handler(request, client)
 
 
 def _failure(error: Exception, request: Request | None, client: Client) -> CommandError:

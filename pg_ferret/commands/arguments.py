@@ -124,7 +124,7 @@ def _unwanted(request: Request) -> set[bytes]:
 
 
 def timeout(request: Request) -> bytes | None:
-    """maxTimeMS for calls that do not look at it themselves, as text in milliseconds; raises CommandError."""
+    """maxTimeMS as text in milliseconds, if there is a limit; raises CommandError for none that MongoDB knows."""
     if b"maxTimeMS" not in request.fields:
         return None
     value = request.integer(b"maxTimeMS")

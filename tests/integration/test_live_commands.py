@@ -325,6 +325,27 @@ def test_a_time_limit_ends_reads_of_every_kind(database: Database[Document], com
     assert code_of(database, command | {"maxTimeMS": 1}) == 50
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"ping": 1},
+        {"find": "c"},
+        {"find": "c", "filter": {"_id": 1}, "limit": 1, "singleBatch": True},
+        {"insert": "c", "documents": [{}]},
+        {"aggregate": "c", "pipeline": [], "cursor": {}},
+        {"count": "c"},
+        {"create": "d"},
+    ],
+)
+def test_a_time_limit_that_is_none_is_refused(database: Database[Document], command: Document) -> None:
+    assert database.command(command | {"maxTimeMS": 0})["ok"] == 1.0
+    for limit in (-1, 2**31, Int64(-1), 1.5, "1", None):
+        assert code_of(database, command | {"maxTimeMS": limit}) == 2
+        database.drop_collection("d")
+        assert database.command(command | {"maxTimeMS": 2**31 - 1})["ok"] == 1.0
+        database.drop_collection("d")
+
+
 def test_requests_of_one_shape_keep_their_collections_apart(database: Database[Document]) -> None:
     """The gateway looks closely at the first of them only."""
     for name in ("abc", "abd", "abe"):
