@@ -1,8 +1,7 @@
 """Which connection serves the next call.
 
-psycopg_pool opens, checks, backs off and replaces connections; this pool leases them from it for as long as they
-are of use and hands them to requests last in, first out, so that few backends stay warm.  A request that finds none
-free waits (queue.py), for at most ``ferretdb.query_wait_timeout``.
+They are leased (source.py) for as long as they are of use and handed to requests last in, first out, so that few
+backends stay warm.  A request that finds none free waits (queue.py), for at most ``ferretdb.query_wait_timeout``.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 
-import psycopg
-import psycopg_pool
 import structlog
 
 from pg_ferret.engine.backend import Backend, Lender
@@ -27,6 +24,7 @@ from pg_ferret.engine.pipeline import LARGE_BYTES, Params, Pipeline, Row, Sessio
 from pg_ferret.engine.queue import Queue, Request
 from pg_ferret.engine.scheduling import Stopwatch, schedule
 from pg_ferret.engine.shared import Reads
+from pg_ferret.engine.source import Source, Tenant
 from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.engine.unheeding import Unheeding
 from pg_ferret.engine.writes import Room
@@ -34,10 +32,6 @@ from pg_ferret.errors import CommandError, EngineError, EngineLostError
 
 TICK_SECONDS = 5.0
 _IDLE_TICKS = 120
-# psycopg_pool tries again after one second, then after two, after four …: rather begin anew, so that the service is
-# back within a second of PostgreSQL.
-_CONNECT_SECONDS = 2.0
-_GIVEN_BACK_SECONDS = 1.0
 # How long running calls may take to heed their cancel request when the pool closes.
 _CLOSE_SECONDS = 0.5
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
@@ -62,9 +56,6 @@ class Pool:
         self._unheeding = Unheeding(going_on)
         self._leftovers = Leftovers(self.call, self._spawn)
         self._shortage_told = -math.inf
-        self._growing = 0
-        self._reachable = True
-        self._open = False
         self._tasks: set[asyncio.Task[None]] = set()
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
         room = Room(self._crowded, self._alone, self.call, self._has_room, self._want)
@@ -75,18 +66,8 @@ class Pool:
         self._lender = Lender(self._release, self._ended, self._commits.add, self._unclaimed)
         self._elsewhere_now: dict[asyncio.Task[None], asyncio.Future[Row]] = {}
         self._closed = False
-        self._source = psycopg_pool.AsyncConnectionPool(
-            conninfo,
-            connection_class=Session,
-            min_size=limits.smallest,
-            max_size=max(limits.largest, limits.smallest, 1),
-            kwargs={"autocommit": True},
-            open=False,
-            reconnect_timeout=_CONNECT_SECONDS,
-            timeout=_CONNECT_SECONDS * 1.25,
-            # What is idle there has been given back: psycopg_pool closes one connection each time.
-            max_idle=_GIVEN_BACK_SECONDS,
-        )
+        tenant = Tenant(self._spawn, self._arrived, self._grow_if_needed, trouble)
+        self._source = Source(conninfo, limits, tenant)
 
     @property
     def size(self) -> int:
@@ -107,10 +88,9 @@ class Pool:
 
     async def open(self) -> None:
         """Start connecting, as soon as the engine is installed; returns at once.  Requests that came before waited."""
-        if self._open or self._closed:
+        if self._source.opened or self._closed:
             return
-        self._open = True
-        await self._source.open(wait=False)
+        await self._source.open()
         for _ in self._queue.requests:
             self._grow()
         for _ in range(self._limits.smallest):
@@ -148,12 +128,12 @@ class Pool:
         self._duties.allot(limits)
         if not self._commits.allowed:
             self._disband()
-        if not self._open:
+        if not self._source.opened:
             return
         await self._resize_source()
         while self._idle and self.size > limits.largest:
             await self._give_back(self._idle[0])
-        for _ in range(limits.smallest - len(self._all) - self._growing):
+        for _ in range(limits.smallest - len(self._all) - self._source.coming):
             self._grow()
         for _ in range(min(self.waiting, limits.largest - len(self._all))):
             self._grow()
@@ -232,7 +212,7 @@ class Pool:
         return bool(self._idle) or self._may_grow()
 
     def _may_grow(self) -> bool:
-        return self._open and self.size + self._growing < self._limits.largest
+        return self._source.opened and self.size + self._source.coming < self._limits.largest
 
     async def _measure(self, lines: Reads, read: Shared) -> Row:
         watch = Stopwatch()
@@ -266,7 +246,7 @@ class Pool:
             return False
         if len(self._all) - (self._commits.backend is not None) < 2:
             # Never the last one: PostgreSQL might have no other for us.
-            if not self._growing:
+            if not self._source.coming:
                 self._grow()
             return False
         if not self._duties.give(duty, backend):
@@ -328,14 +308,14 @@ class Pool:
 
     def _wait(self, call: Call, params: Params, timeout_ms: bytes | None, *, first: bool = False) -> Request:
         """Have a call made on the next connection that comes free; the ``first`` one before others."""
-        seconds = self._limits.wait_seconds if self._open else _INSTALLING_SECONDS
+        seconds = self._limits.wait_seconds if self._source.opened else _INSTALLING_SECONDS
         request = self._queue.add(call, params, timeout_ms, seconds, first=first)
         self._grow()
         return request
 
     def _overdue(self) -> CommandError:
         """What a request is told for which no connection came free in time."""
-        if not self._open:
+        if not self._source.opened:
             return CommandError(6, EXTENSION_MISSING)
         self._tell_shortage()
         # ExceededTimeLimit is in the drivers' list of retryable errors.
@@ -383,9 +363,7 @@ class Pool:
 
     async def _resize_source(self) -> None:
         """psycopg_pool counts connections that do not heed us: as many more are allowed, up to twice the limit."""
-        limits = self._limits
-        extra = min(len(self._unheeding.queries), limits.largest)
-        await self._source.resize(limits.smallest, max(limits.largest, limits.smallest, 1) + extra)
+        await self._source.resize(self._limits, min(len(self._unheeding.queries), self._limits.largest))
 
     def _end_unheeding(self, backend: Backend) -> bool:
         """If a connection that has come free is one that ignored us, give it back; tells whether it is."""
@@ -397,31 +375,14 @@ class Pool:
         return True
 
     def _grow_if_needed(self) -> None:
-        if self._queue.requests or len(self._all) + self._growing < self._limits.smallest:
+        if self._queue.requests or len(self._all) + self._source.coming < self._limits.smallest:
             self._grow()
 
     def _grow(self) -> None:
         if self._may_grow():
-            self._growing += 1
-            self._spawn(self._lease())
+            self._source.ask()
 
-    async def _lease(self) -> None:
-        try:
-            connection = await self._source.getconn()
-        except (psycopg_pool.PoolTimeout, psycopg.Error):
-            self._growing -= 1
-            if self._reachable:  # psycopg_pool logs the reason
-                self._reachable = False
-                self._trouble("cannot connect to PostgreSQL; its log tells why")
-            self._grow_if_needed()
-            return
-        except asyncio.CancelledError:
-            self._growing -= 1
-            raise
-        self._growing -= 1
-        if not self._reachable:
-            self._reachable = True
-            _log.info("connected to PostgreSQL again")
+    def _arrived(self, connection: Session) -> None:
         backend = self._backend(connection)
         schedule(backend.pid, batch=self._limits.batch)
         self._all.add(backend)
@@ -451,11 +412,8 @@ class Pool:
         await self._put_back(backend, broken=broken)
 
     async def _put_back(self, pipeline: Pipeline, broken: bool | None = None) -> None:
-        """Return a connection that is off the loop to psycopg_pool, which replaces it if it is closed."""
-        usable = not (pipeline.lost or pipeline.swollen or pipeline.spent) if broken is None else not broken
-        if not (usable and pipeline.leave_pipeline()):
-            await pipeline.connection.close()
-        await self._source.putconn(pipeline.connection)
+        """As the source's; then the connection's place may be another's."""
+        await self._source.put_back(pipeline, broken)
         self._grow_if_needed()
 
     async def tend(self) -> None:
