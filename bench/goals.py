@@ -43,11 +43,13 @@ def goals(run: dict[str, Any]) -> list[str]:
             goal(f"{TITLES[op]}, {clients} clients: ops/s", rate, ratio.rate, least=True)
             goal(f"{TITLES[op]}, {clients} clients: CPU of gateway", gateway, ratio.gateway)
             goal(f"{TITLES[op]}, {clients} clients: p99", 1.0, ratio.p99)
-    found = [idle for idle in run["idle"] if "error" not in idle]
-    states = {"just started": {idle["target"]: run["fresh_memory"][idle["target"]][0] for idle in found}}
-    for number, count in enumerate(found[0]["clients"] if found else ()):
-        states[f"with {count:,} idle clients"] = {idle["target"]: idle["asked"][number] for idle in found}
-    states["with none, when these have gone"] = {idle["target"]: idle["gone"] for idle in found}
+    idle = {one["target"]: one for one in run["idle"]}
+    states = {"just started": {name: run["fresh_memory"][name][0] for name in idle}}
+    for number, count in enumerate(run["idle"][0]["clients"] if idle else ()):
+        figures = {name: one["asked"][number] for name, one in idle.items() if len(one["asked"]) > number}
+        states[f"with {count:,} idle clients"] = figures
+    gone = {name: one["gone"] for name, one in idle.items() if "error" not in one}
+    states["with none, when these have gone"] = gone
     for name, memory in states.items():
         if memory.get("FerretDB") and memory.get("pg_ferret"):
             goal(f"memory, {name}", _GOAL_MEMORY, memory["pg_ferret"] / memory["FerretDB"])

@@ -34,10 +34,11 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
                 sample = target.measure(point, seconds)
                 sample.target = condition
                 samples.append(sample)
-                say(f"{condition}: {point.op} {sample.ops / sample.seconds:,.0f}/s")
+                say(f"{condition}: {point.op} {sample.ops / (sample.seconds or 1):,.0f}/s {sample.error}")
 
-    for _ in range(_TURNS):
-        for workers, condition in enumerate((ONE_WORKER, TWO_WORKERS), 1):
+    conditions = [(1, ONE_WORKER), (2, TWO_WORKERS)]
+    for turn in range(_TURNS):
+        for workers, condition in conditions[:: -1 if turn % 2 else 1]:
             _resize(target, workers)
             for point in _POINTS:
                 target.measure(point, _SETTLE_SECONDS)
@@ -57,7 +58,7 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
             under(f"{cursors:,} open cursors")
             for start in range(0, cursors, 1000):
                 database.command("killCursors", "docs", cursors=opened[start : start + 1000])
-            under("2 workers, again")
+            under(f"{TWO_WORKERS}, again")
             list(threads.map(create, range(collections)))
             target.measure(_ANYWHERE, _WARM_UP_SECONDS)
             under(f"{collections:,} collections more", _ANYWHERE)

@@ -61,6 +61,7 @@ def table(run: dict[str, Any]) -> str:
             ratios.append(
                 f"| {TITLES[op]} | {clients} | {ratio.rate:.2f} | {ratio.least:.2f} - {ratio.most:.2f} | {others} |"
             )
+    problems += [f"- idle clients, {idle['target']}: {idle['error']}" for idle in run["idle"] if "error" in idle]
     return (
         "\n".join(
             lines
@@ -126,11 +127,11 @@ def _memory(run: dict[str, Any]) -> list[str]:
     ]
     for idle in run["idle"]:
         name = idle["target"]
-        asked = map(_megabytes, idle["asked"]) if "error" not in idle else [idle["error"]] * len(counts)
         fresh, loaded = run["fresh_memory"][name][0], run["loaded_memory"][name][0]
-        greeted, gone = idle.get("said_hello", 0), idle["gone"]
-        figures = [*map(_megabytes, (fresh, greeted)), *asked, *map(_megabytes, (gone, loaded))]
-        lines.append(f"| {name} | " + " | ".join(figures) + " |")
+        figures = [fresh, idle.get("said_hello"), *idle["asked"]]
+        figures += [None] * (len(counts) - len(idle["asked"])) + [idle["gone"], loaded]
+        texts = ["failed" if figure is None else _megabytes(figure) for figure in figures]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return lines
 
 

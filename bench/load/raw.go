@@ -81,8 +81,8 @@ func (g *greeter) exchange(connection net.Conn, message []byte) (bson.Raw, error
 	return g.buffer[headerBytes:length], err
 }
 
-// idle opens connections that say hello, and at a line has each read a document, as drivers do, which open one when they
-// have something to ask. Then it prints how many have, and keeps them until its input ends.
+// idle opens connections that say hello, and at a line has each read a document: a driver opens a connection because it
+// has something to ask. Then it prints how many have, and keeps them until its input ends.
 func idle(uri, database string, count int) error {
 	greeter, err := newGreeter(uri)
 	if err != nil {
@@ -98,7 +98,7 @@ func idle(uri, database string, count int) error {
 	connections := make([]net.Conn, count)
 	for i := range connections {
 		if connections[i], err = greeter.hello(); err != nil {
-			return fmt.Errorf("connection %d: %w", i+1, err)
+			return fmt.Errorf("connection %d of %d: %w", i+1, count, err)
 		}
 		defer connections[i].Close()
 	}
@@ -106,10 +106,10 @@ func idle(uri, database string, count int) error {
 	for i, connection := range connections {
 		reply, err := greeter.exchange(connection, find)
 		if err != nil {
-			return fmt.Errorf("connection %d: %w", i+1, err)
+			return fmt.Errorf("connection %d of %d: %w", i+1, count, err)
 		}
 		if _, err = reply.LookupErr("cursor", "firstBatch", "0", "_id"); err != nil {
-			return fmt.Errorf("connection %d: %v in %v", i+1, err, reply)
+			return fmt.Errorf("connection %d of %d: %v in %v", i+1, count, err, reply)
 		}
 	}
 	if err = report(&result{Ops: count}, nil); err != nil {

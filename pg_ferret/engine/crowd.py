@@ -17,20 +17,25 @@ _MOST: Final = 8
 class Crowd:
     """One kind of requests."""
 
-    __slots__ = ("_few", "_many", "_mean", "there")
+    __slots__ = ("_few", "_many", "_mean", "_there")
 
     def __init__(self, many: float, few: float) -> None:
-        """It is there from so ``many`` others in the mean on, until there are so ``few``; ``many`` is less than 8."""
+        """It is there from so ``many`` others in the mean on, fewer than 8, until there are so ``few``."""
         self._many = many
         self._few = few
         self._mean = 0.0
-        self.there = False
+        self._there = False
 
     def meets(self, others: int) -> bool:
-        """To be asked for every request, which has met so many others under way: whether there is a crowd."""
+        """To be asked once for every request, which has met so many others under way: whether there is a crowd."""
         self._mean = mean = self._mean + ((others if others < _MOST else _MOST) - self._mean) * _WEIGHT
         if mean >= self._many:
-            self.there = True
+            self._there = True
         elif mean <= self._few:
-            self.there = False
-        return self.there
+            self._there = False
+        return self._there
+
+    def forget(self) -> None:
+        """There has been nobody for long."""
+        self._mean = 0.0
+        self._there = False

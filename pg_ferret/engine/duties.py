@@ -26,7 +26,8 @@ _LINES_OF_FINDS: Final = 1
 _MOST_LINES_OF_PAGES: Final = 2
 _MOST_LINES_OF_WRITES: Final = 2
 # A flush of its own is a round trip more, which pays when it serves many writes: from so many others under way in the
-# mean on, until there are so few. A mixture of both is slower than either.
+# mean on, until there are so few. A mixture of both is slower than either. What has a connection of its own counts
+# whatever it is: it takes the processors' time.
 _CROWD: Final = 4.0
 _NO_CROWD: Final = 2.5
 
@@ -82,8 +83,15 @@ class Duties:
         self.commits.allowed = flush
 
     def crowded(self, under_way: int) -> bool:
-        """Whether the next write had better share connection and flush, with so many on connections of their own."""
+        """To be asked once for every write: whether it had better share connection and flush.
+
+        There are so many others that have connections of their own, or wait for one.
+        """
         return self.commits.allowed and self._crowd.meets(under_way + self.commits.pending + self.writes.waiting)
+
+    def idle(self) -> None:
+        """Nobody has written for long."""
+        self._crowd.forget()
 
     def want(self, duty: Duty) -> bool:
         """Another connection is to serve in this way; False if that is wanted already."""

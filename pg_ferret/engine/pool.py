@@ -166,6 +166,7 @@ class Pool:
         return len(self._all) - len(self._idle) - flusher + len(self._queue.requests)
 
     def _crowded(self) -> bool:
+        """To be asked once for every write: whether it shares; has a connection found that flushes, if that is due."""
         if not self._duties.crowded(self._under_way()):
             return False
         if self._commits.backend is None:
@@ -204,6 +205,7 @@ class Pool:
         flusher = self._commits.backend
         if flusher is not None and not flusher.busy:
             self._commits.backend = None
+            self._duties.idle()
             flusher.released = self._release
             self._release(flusher)
 

@@ -29,8 +29,10 @@ _EACH_SECONDS: Final = 0.0005
 # In a line only one that takes so many times as long is slow: a busy machine makes one in a hundred wait.
 SLOW_TIMES: Final = 2.0
 MOST_WAITING: Final = 128
-# Pages share while they meet so many other requests in the mean: few of them do better side by side.
+# Pages share from so many other requests on that they meet in the mean, until there are so few, which do better side by
+# side.
 _CROWD: Final = 3.0
+_NO_CROWD: Final = 2.5
 
 # libpq reads 16 kB at a time: behind an answer of so many bytes it has hardly read the next one, which may have come.
 READ_ON_BYTES: Final = 8192
@@ -180,8 +182,9 @@ class Reads(Lines[ReadLine]):
         self._only: ReadLine | None = None  # there is one, and there will be no other
         self._measured = measured
         self._free = free
-        # To be asked for every page that may `share`, with the number of other requests: whether it had better.
-        self.crowded = Crowd(_CROWD, _CROWD).meets
+        # To be asked once for every page that may `share`, with the number of other requests: whether it had better.
+        # A method here would be one call more for each.
+        self.crowded = Crowd(_CROWD, _NO_CROWD).meets
 
     def share(self, read: Shared) -> Awaitable[Row]:
         """To be awaited at once, as the pool's `call`: reads whose shape has been cheap lately share a connection."""

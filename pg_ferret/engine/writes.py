@@ -276,7 +276,7 @@ def _not_made(row: Row | None, error: Exception | None) -> bool:
 class Room(NamedTuple):
     """What the pool does for writes."""
 
-    crowded: Callable[[], bool]  # whether so many requests are under way that writes share
+    crowded: Callable[[], bool]  # to be asked once for every write: whether it meets so many others that it shares
     alone: Callable[[Call, Params], Awaitable[Row]]  # make a write, which waits for its own commit; without the flag
     apart: Callable[[Call, Params], Awaitable[Row]]  # make a write on a connection of its own
     free: Callable[[], bool]  # whether there is such a connection, or may be

@@ -84,6 +84,17 @@ async def test_as_many_lines_as_there_is_room_for_and_every_write_once(
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [20] * 50
 
 
+async def test_a_rush_is_forgotten_when_nobody_has_written_for_long(make_pool: MakePool) -> None:
+    async with make_pool(20) as pool:
+        await lines(pool)
+        assert pool._crowded()
+        for _ in range(200):
+            await pool.tend()
+        await wait_until(lambda: not pool.writes.all and pool._commits.backend is None)
+        assert modified(await pool.writes.share(increment(1))) == 1
+        assert not pool._duties.wanted and pool._commits.backend is None
+
+
 async def test_a_write_that_is_refused_harms_no_other(make_pool: MakePool) -> None:
     async with make_pool(20) as pool:
         await lines(pool)

@@ -102,5 +102,17 @@ def test_writes_share_while_they_meet_many_wherever_these_wait() -> None:
     duties.commits.pending = 3
     assert [duties.crowded(0) for _ in range(100)][-1]
     duties.commits.pending = 0
+    duties.writes.add(cast(Any, Server()))
+    (line,) = duties.writes.all
+    line.queue.extend([cast(Any, None)] * 3)
+    assert [duties.crowded(0) for _ in range(100)][-1]
+    line.queue.clear()
     assert not [duties.crowded(2) for _ in range(100)][-1]
     assert not [duties.crowded(3) for _ in range(100)][-1]
+
+
+def test_writes_forget_a_rush_when_nobody_has_written_for_long() -> None:
+    duties = Stage().duties
+    assert [duties.crowded(8) for _ in range(100)][-1]
+    duties.idle()
+    assert not any(duties.crowded(3) for _ in range(100))
