@@ -36,7 +36,8 @@ def goals(run: dict[str, Any]) -> list[str]:
     def goal(name: str, aim: float, figure: float, least: bool = False) -> None:
         reached = figure >= aim if least else figure <= aim
         sign = "≥" if least else "≤"
-        lines.append(f"| {name} | {sign} {aim:g} | {figure:.2f} | {'reached' if reached else '**missed**'} |")
+        text = f"{figure:.2f}" if reached or float(f"{figure:.2f}") != aim else f"{figure:.3f}"
+        lines.append(f"| {name} | {sign} {aim:g} | {text} | {'reached' if reached else '**missed**'} |")
 
     for op, clients, rate, gateway in _GOALS:
         if ratio := compared.get((op, clients)):

@@ -43,6 +43,7 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
             for point in _POINTS:
                 target.measure(point, _SETTLE_SECONDS)
             under(condition, rounds=1)
+    _resize(target, 1)
     with MongoClient[dict[str, Any]](target.uri, maxPoolSize=_THREADS) as client:
         database = client[DATABASE]
 
@@ -58,7 +59,7 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
             under(f"{cursors:,} open cursors")
             for start in range(0, cursors, 1000):
                 database.command("killCursors", "docs", cursors=opened[start : start + 1000])
-            under(f"{TWO_WORKERS}, again")
+            under(f"{ONE_WORKER}, again")
             list(threads.map(create, range(collections)))
             target.measure(_ANYWHERE, _WARM_UP_SECONDS)
             under(f"{collections:,} collections more", _ANYWHERE)
