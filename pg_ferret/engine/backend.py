@@ -146,13 +146,9 @@ class Backend(Pipeline):
             waiter.set_result(row)
 
     def _end(self) -> None:
-        if self.lost:
-            return
-        self.detach()
-        self.lost = True
-        self.busy = False
-        self._fail()
-        self._ended(self)
+        if not self.lost:
+            self.drop()
+            self._ended(self)
 
     def _fail(self) -> None:
         """End the call at hand, if there is one, with the loss of the connection."""

@@ -407,15 +407,14 @@ class Pool:
             self._idle.remove(backend)
         if backend is self._commits.backend:
             self._commits.backend = None
-        broken = backend.lost or backend.busy or backend.swollen or backend.spent
         if backend.busy:
             backend.drop()
         backend.detach()
-        await self._put_back(backend, broken=broken)
+        await self._put_back(backend)
 
-    async def _put_back(self, pipeline: Pipeline, broken: bool | None = None) -> None:
+    async def _put_back(self, pipeline: Pipeline) -> None:
         """As the source's; then the connection's place may be another's."""
-        await self._source.put_back(pipeline, broken)
+        await self._source.put_back(pipeline)
         self._grow_if_needed()
 
     async def tend(self) -> None:

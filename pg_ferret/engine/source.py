@@ -92,12 +92,9 @@ class Source:
             _log.info("connected to PostgreSQL again")
         self._tenant.arrived(connection)
 
-    async def put_back(self, pipeline: Pipeline, broken: bool | None = None) -> None:
-        """Return a connection that is off the loop; psycopg_pool replaces it if it is closed.
-
-        ``broken`` says that it has to be, or that it need not; unless it is given the connection tells.
-        """
-        usable = not (pipeline.lost or pipeline.swollen or pipeline.spent) if broken is None else not broken
+    async def put_back(self, pipeline: Pipeline) -> None:
+        """Return a connection that is off the loop; psycopg_pool replaces it if it is closed."""
+        usable = not (pipeline.lost or pipeline.swollen or pipeline.spent)
         if not (usable and pipeline.leave_pipeline()):
             await pipeline.connection.close()
         await self._pool.putconn(pipeline.connection)
