@@ -11,8 +11,9 @@
 
 #include "fmgr.h"
 #include "mb/pg_wchar.h"
-#include "port/pg_bswap.h"
 #include "varatt.h"
+
+#include "bson.h"
 
 /* MongoDB's limit for the nesting of documents. */
 #define MAX_DEPTH 200
@@ -21,13 +22,6 @@
 
 PG_FUNCTION_INFO_V1(ferretdb_checked_bson);
 PG_FUNCTION_INFO_V1(ferretdb_checked_bsonsequence);
-
-/* A little-endian int32 at any address. */
-static int32
-read_int32(const unsigned char *at)
-{
-	return (int32) ((uint32) at[0] | (uint32) at[1] << 8 | (uint32) at[2] << 16 | (uint32) at[3] << 24);
-}
 
 /* Are these bytes UTF-8?  NULs among them are. */
 static bool
@@ -100,12 +94,12 @@ skip_scalar(unsigned char type, const unsigned char *at, const unsigned char *en
 			return at;
 		case 0x08:				/* bool */
 			return end - at >= 1 && at[0] <= 1 ? at + 1 : NULL;
-		case 0x10:				/* int32 */
+		case BSON_INT32:
 			return end - at >= 4 ? at + 4 : NULL;
 		case 0x01:				/* double */
 		case 0x09:				/* datetime */
 		case 0x11:				/* timestamp */
-		case 0x12:				/* int64 */
+		case BSON_INT64:
 			return end - at >= 8 ? at + 8 : NULL;
 		case 0x07:				/* ObjectId */
 			return end - at >= 12 ? at + 12 : NULL;
@@ -136,6 +130,15 @@ skip_scalar(unsigned char type, const unsigned char *at, const unsigned char *en
 	}
 }
 
+/* Behind a value in a document that has been checked. */
+const unsigned char *
+skip_value(unsigned char type, const unsigned char *at, const unsigned char *end)
+{
+	if (type == BSON_DOCUMENT || type == BSON_ARRAY || type == BSON_CODE_WITH_SCOPE)
+		return at + read_int32(at);
+	return skip_scalar(type, at, end);
+}
+
 /* Behind the document at 'at', or NULL if anything in it is malformed. */
 static const unsigned char *
 check_document(const unsigned char *at, const unsigned char *limit)
@@ -161,15 +164,15 @@ check_document(const unsigned char *at, const unsigned char *limit)
 		type = *at++;
 		if ((at = skip_cstring(at, end)) == NULL)
 			return NULL;
-		if (type == 0x0F)		/* code with scope: total length, code, scope */
+		if (type == BSON_CODE_WITH_SCOPE)	/* total length, code, scope */
 		{
 			const unsigned char *after = document_end(at, end);
 
 			if (after == NULL || (at = skip_string(at + 4, after)) == NULL || document_end(at, after) != after)
 				return NULL;
-			type = 0x03;		/* the scope is a document like any other */
+			type = BSON_DOCUMENT;	/* the scope is a document like any other */
 		}
-		if (type == 0x03 || type == 0x04)
+		if (type == BSON_DOCUMENT || type == BSON_ARRAY)
 		{
 			if (depth + 1 == MAX_DEPTH || (ends[depth + 1] = document_end(at, end)) == NULL)
 				return NULL;

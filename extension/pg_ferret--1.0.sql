@@ -35,11 +35,15 @@ REVOKE ALL ON FUNCTION ferretdb.settings_errors(), ferretdb.restart_workers() FR
 GRANT EXECUTE ON FUNCTION ferretdb.settings_errors() TO pg_monitor;
 GRANT SELECT ON ferretdb.settings_errors TO pg_monitor;
 
--- What a write brings goes to the engine through these: they return their argument or raise an error.
+-- What clients send goes to the engine through these: they return their argument or raise an error.
 CREATE FUNCTION ferretdb.checked_bson(bytea) RETURNS bytea
 AS 'MODULE_PATHNAME', 'ferretdb_checked_bson' LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;
 CREATE FUNCTION ferretdb.checked_bsonsequence(bytea) RETURNS bytea
 AS 'MODULE_PATHNAME', 'ferretdb_checked_bsonsequence' LANGUAGE C STRICT IMMUTABLE PARALLEL SAFE;
+
+-- The same for a find, which may be continued in another way: see streaming.c.
+CREATE FUNCTION ferretdb.checked_find(bytea) RETURNS bytea
+AS 'MODULE_PATHNAME', 'ferretdb_checked_find' LANGUAGE C STRICT VOLATILE;
 
 -- A write that the gateway flushes together with others: see commit.c.
 CREATE FUNCTION ferretdb.commit_unflushed(wanted boolean) RETURNS bigint

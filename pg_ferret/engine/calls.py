@@ -54,11 +54,11 @@ def _call(name: str, sql: str, formats: tuple[int, ...], *, writes: bool = False
 # What clients send goes through these (extension/bson_check.c): the engine trusts documents, stores malformed ones as
 # they are, and can take the whole server down when it reads one as a command.
 _SPEC = "ferretdb.checked_bson($2)"
-_FIRST_PAGE = f"SELECT cursorpage, continuation, cursorid FROM documentdb_api.{{}}_cursor_first_page($1, {_SPEC})"
+_FIRST_PAGE = "SELECT cursorpage, continuation, cursorid FROM documentdb_api.{}_cursor_first_page($1, {})"
 
 # (db, spec) -> page, continuation or NULL, cursor id (53 bits of pg_strong_random)
-FIND = _call("find", _FIRST_PAGE.format("find"), _DB_BSON, opens=True)
-AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate"), _DB_BSON, opens=True)
+FIND = _call("find", _FIRST_PAGE.format("find", "ferretdb.checked_find($2)"), _DB_BSON, opens=True)
+AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate", _SPEC), _DB_BSON, opens=True)
 # (db, spec) -> page: these come whole
 LIST_COLLECTIONS = _call(
     "list_collections",
