@@ -15,6 +15,9 @@
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "replication/syncrep.h"
+#include "replication/walsender.h"
+#include "replication/walsender_private.h"
+#include "storage/lwlock.h"
 #include "utils/guc.h"
 
 #include "pg_ferret.h"
@@ -53,6 +56,31 @@ end_of_wal(void)
 	return next;
 }
 
+/* Have the standbys confirmed it that synchronous_commit demands? */
+static bool
+is_replicated(XLogRecPtr end)
+{
+	int			mode = SYNC_REP_WAIT_FLUSH;
+	bool		needless;
+	bool		confirmed;
+
+	if (!SyncRepRequested())
+		return true;
+	if (synchronous_commit == SYNCHRONOUS_COMMIT_REMOTE_WRITE)
+		mode = SYNC_REP_WAIT_WRITE;
+	else if (synchronous_commit == SYNCHRONOUS_COMMIT_REMOTE_APPLY)
+		mode = SYNC_REP_WAIT_APPLY;
+	LWLockAcquire(SyncRepLock, LW_SHARED);
+#if PG_VERSION_NUM >= 180000
+	needless = (WalSndCtl->sync_standbys_status & SYNC_STANDBY_DEFINED) == 0;
+#else
+	needless = !WalSndCtl->sync_standbys_defined;
+#endif
+	confirmed = WalSndCtl->lsn[mode] >= end;
+	LWLockRelease(SyncRepLock);
+	return needless || confirmed;
+}
+
 /*
  * ferretdb.flush_commits(incarnation): wait until all that is committed by now
  * is as durable as synchronous_commit demands of this session.  A server that
@@ -69,9 +97,12 @@ ferretdb_flush_commits(PG_FUNCTION_ARGS)
 				 errmsg("PostgreSQL was restarted before the write was flushed")));
 	end = end_of_wal();
 	XLogFlush(end);
-	/* As a commit does: a cancel request may end the wait for a standby, but with a warning, not with an error. */
+	/* As a commit does; but a commit that is cancelled here only warns, because it has been made. */
 	HOLD_INTERRUPTS();
 	SyncRepWaitForLSN(end, true);
 	RESUME_INTERRUPTS();
+	if (!is_replicated(end))
+		ereport(ERROR,
+				(errcode(ERRCODE_QUERY_CANCELED), errmsg("canceled before a standby has confirmed the writes")));
 	PG_RETURN_VOID();
 }

@@ -7,6 +7,9 @@ acknowledged before it is as durable as synchronous_commit demands.
 
 A flush waits for a moment while more writes are about to be committed than it would serve: whoever is told later sends
 its next request later, too, and fewer, larger groups cost PostgreSQL and the worker less.
+
+Where another process of PostgreSQL's would only take the processor from the one that makes the writes, that one flushes
+what it has committed itself, when it has nothing else to do.
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from pg_ferret.engine.backend import Backend
-from pg_ferret.engine.calls import FLUSH_COMMITS
-from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.calls import FLUSH_COMMITS, Call
+from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.errors import EngineError, EngineLostError
 
 # crash_shutdown, extension/commit.c: the server that committed them is no more.
 _RESTARTED: Final = "57P02"
 # Seconds a flush waits at most for writes to be committed.
 _HELD_SECONDS: Final = 0.002
+# So many do not wait until all that stand in line have been made, too.
+_MOST_HELD: Final = 16
 
 
 class Committed(NamedTuple):
@@ -60,6 +65,7 @@ class Commits:
     __slots__ = (
         "_coming",
         "_elsewhere",
+        "_in_line",
         "_loop",
         "_next",
         "_scheduled",
@@ -75,17 +81,22 @@ class Commits:
         loop: asyncio.AbstractEventLoop,
         elsewhere: Callable[[Committed], None],
         coming: Callable[[], int],
+        in_line: Callable[[Call, Params], asyncio.Future[Row] | None],
     ) -> None:
-        """`elsewhere` has writes flushed by any other connection; `coming` tells how many are about to be committed."""
+        """`elsewhere` has writes flushed by any other connection; `coming` tells how many are about to be committed.
+
+        `in_line` makes a call where writes stand in line, if there is such a connection.
+        """
         self._loop = loop
         self._elsewhere = elsewhere
+        self._in_line = in_line
         self._coming = coming
         self._timer: asyncio.TimerHandle | None = None  # there while a flush waits for them
         self._next: Committed | None = None
         self._scheduled = False
         self.flushing = False
         self.pending = 0  # writes that wait for a flush
-        self.allowed = False  # to have a connection
+        self.allowed = False  # to have a connection of their own
         self.backend: Backend | None = None  # it does nothing else
 
     def fits(self, backend: Backend) -> bool:
@@ -113,10 +124,16 @@ class Commits:
         following = self._next
         if following is None or self.flushing:
             return
-        if self.backend is None or len(following.writes) >= self._coming():
+        if self._enough(len(following.writes)):
             self._flush_now()
         elif self._timer is None:
             self._timer = self._loop.call_later(_HELD_SECONDS, self._flush_now)
+
+    def _enough(self, writes: int) -> bool:
+        """Whether a flush of so many writes need not wait for others."""
+        if self.allowed:
+            return self.backend is None or writes >= self._coming()
+        return writes >= _MOST_HELD or not self._coming()
 
     def _flush_now(self) -> None:
         if self._timer is not None:
@@ -125,11 +142,16 @@ class Commits:
         committed, self._next = self._next, None
         if committed is None:
             return
-        if self.backend is None or self.backend.lost:
+        params = (committed.incarnation,)
+        backend = self.backend
+        if backend is not None and not backend.lost:
+            flush = backend.execute(FLUSH_COMMITS, params)
+        elif self.allowed or (in_line := self._in_line(FLUSH_COMMITS, params)) is None:
             self._pass_on(committed)
             return
+        else:
+            flush = in_line
         self.flushing = True
-        flush = self.backend.execute(FLUSH_COMMITS, (committed.incarnation,))
         flush.add_done_callback(partial(self._flushed, committed))
 
     def _flushed(self, committed: Committed, flush: asyncio.Future[Row]) -> None:

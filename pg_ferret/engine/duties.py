@@ -8,13 +8,14 @@ from functools import partial
 from typing import Final
 
 from pg_ferret.engine.backend import Backend
+from pg_ferret.engine.calls import Call
 from pg_ferret.engine.commits import Commits, Committed
 from pg_ferret.engine.costs import Costs
 from pg_ferret.engine.crowd import Crowd
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pages import PageLine
-from pg_ferret.engine.pipeline import Row
+from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.engine.points import PointLine
 from pg_ferret.engine.shared import ReadLine, Reads
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
@@ -48,7 +49,7 @@ class Duties:
         flush_elsewhere: Callable[[Committed], None],
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
-        self.commits = Commits(loop, flush_elsewhere, self._coming)
+        self.commits = Commits(loop, flush_elsewhere, self._coming, self._in_line)
 
         def reads(line: type[PointLine] | type[PageLine]) -> Reads:
             costs = Costs()
@@ -66,6 +67,9 @@ class Duties:
     def _coming(self) -> int:  # Commits is made before the writes, which tell it what they have committed
         return self.writes.coming()
 
+    def _in_line(self, call: Call, params: Params) -> asyncio.Future[Row] | None:
+        return self.writes.flush(Shared(call, params, b"", 0))
+
     def lines(self) -> list[Line]:
         """All of them."""
         return [*self.finds.all, *self.pages.all, *self.writes.all]
@@ -74,9 +78,11 @@ class Duties:
         """Half of the connections are for those who need one of their own."""
         room = limits.largest // 2
         finds = min(_LINES_OF_FINDS, room)
-        # Beside the first line of writes one to flush what they commit, and one for pages.
-        writes = min(_MOST_LINES_OF_WRITES, limits.processors, max(0, room - finds - 2))
-        flush = writes > 0
+        # Beside the first line of writes one for pages, and one to flush what they commit: a single processor would
+        # only change from one to the other and back.
+        several = limits.processors > 1
+        writes = min(_MOST_LINES_OF_WRITES, limits.processors, max(0, room - finds - 1 - several))
+        flush = several and writes > 0
         self.finds.allot(finds)
         self.writes.allot(writes)
         self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
@@ -87,7 +93,7 @@ class Duties:
 
         There are so many others that have connections of their own, or wait for one.
         """
-        return self.commits.allowed and self._crowd.meets(under_way + self.commits.pending + self.writes.waiting)
+        return self.writes.allowed and self._crowd.meets(under_way + self.commits.pending + self.writes.waiting)
 
     def idle(self) -> None:
         """Nobody has written for long."""
@@ -123,4 +129,6 @@ class Duties:
         """It serves no more; tells whether it did."""
         found = self.finds.remove(line) or self.pages.remove(line) or self.writes.remove(line)
         self.connections -= found
+        if not self.writes.all:
+            self._crowd.forget()
         return found

@@ -114,6 +114,11 @@ class Lines(Generic[AnyLine]):
         return len(self.all) < self._most
 
     @property
+    def allowed(self) -> bool:
+        """Whether there may be any."""
+        return self._most > 0
+
+    @property
     def busy(self) -> int:
         """How many of them have something to do."""
         return sum(line.busy for line in self.all)

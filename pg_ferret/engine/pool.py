@@ -153,7 +153,7 @@ class Pool:
 
         A write that is alone waits for its own commit, which is a round trip less; several share a flush.
         """
-        if self._crowded():
+        if self._crowded() and self._commits.backend is not None:
             return self.call(call, (*params, TRUE))
         return self._alone(call, params)
 
@@ -169,7 +169,7 @@ class Pool:
         """To be asked once for every write: whether it shares; has a connection found that flushes, if that is due."""
         if not self._duties.crowded(self._under_way()):
             return False
-        if self._commits.backend is None:
+        if self._commits.allowed and self._commits.backend is None:
             self._want(self._commits)
             return False
         return True

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import psycopg
 from psycopg import pq
 
-from pg_ferret.engine.calls import SET_UP_WRITES, Call
+from pg_ferret.engine.calls import FLUSH_COMMITS, SET_UP_WRITES, Call
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import (
     COMMAND_OK,
@@ -134,7 +134,14 @@ class WriteLine(Line):
         now = self._loop.time()
         if self._leaving or self.lost or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
             return False
-        return not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS
+        if not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS:
+            return True
+        return self._flushes  # a slow disk is as slow elsewhere
+
+    @property
+    def _flushes(self) -> bool:
+        """Whether a flush is under way."""
+        return bool(self.queue) and self.queue[0][0].call is FLUSH_COMMITS
 
     def coming(self) -> int:
         """How many are about to be committed: none if the first one takes long, because it may wait for a lock."""
@@ -223,7 +230,9 @@ class WriteLine(Line):
 
     def _stands_still(self) -> None:
         """Have the first write cancelled, again and again, and at last give up."""
-        if self._loop.time() - self._since <= _GIVEN_UP_SECONDS:
+        if self._flushes:  # whoever commits has to wait for the disk, and for standbys
+            self._look_again()
+        elif self._loop.time() - self._since <= _GIVEN_UP_SECONDS:
             if not self._tasks:
                 task = self._loop.create_task(self._cancel())
                 self._tasks.add(task)
@@ -308,6 +317,11 @@ class Writes(Lines[WriteLine]):
     def coming(self) -> int:
         """How many are about to be committed; some may turn out to change nothing."""
         return sum([line.coming() for line in self.all])
+
+    def flush(self, flush: Shared) -> asyncio.Future[Row] | None:
+        """Make a flush in the shortest line, or None if there is no line."""
+        line = self.shortest(line for line in self.all if line.open)
+        return None if line is None else line.add(flush)
 
     def share(self, write: Shared) -> Awaitable[Row]:
         """As the pool's `write`, for one that touches a single small document, which it finds by its _id.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 
 import psycopg
 
@@ -12,14 +13,15 @@ from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.pool import Pool
 from tests.integration.conftest import configuration
 
-MakePool = Callable[[int], AbstractAsyncContextManager[Pool]]
+MakePool = Callable[..., AbstractAsyncContextManager[Pool]]
 
 
 @asynccontextmanager
-async def opened_pool(cluster: Cluster, most: int) -> AsyncIterator[Pool]:
-    """A pool with at most so many connections."""
+async def opened_pool(cluster: Cluster, most: int, processors: int = 2) -> AsyncIterator[Pool]:
+    """A pool with at most so many connections, as if the worker had so many processors."""
     config = configuration(cluster, pool_min_conns=1, pool_max_conns=most)
-    pool = Pool(conninfo(config), pool_limits(config), lambda _: None, lambda _, __: None)
+    limits = replace(pool_limits(config), processors=processors)
+    pool = Pool(conninfo(config), limits, lambda _: None, lambda _, __: None)
     await pool.open()
     try:
         yield pool

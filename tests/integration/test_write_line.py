@@ -12,7 +12,7 @@ import pytest
 from bson import decode, encode
 from pymongo import MongoClient
 
-from dev.cluster import Cluster
+from dev.cluster import Cluster, wait_for
 from pg_ferret.engine import calls
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.limits import conninfo, pool_limits
@@ -53,7 +53,8 @@ def modified(row: Row) -> int:
 async def lines(pool: Pool, count: int = 1) -> None:
     """Writes of many clients, until they share so many lines."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while len(pool.writes.all) < count or pool.writes.busy or (count and pool._commits.backend is None):
+        flushes = bool(count) and pool._commits.allowed
+        while len(pool.writes.all) < count or pool.writes.busy or flushes > (pool._commits.backend is not None):
             await asyncio.gather(*[pool.writes.share(increment(99)) for _ in range(20)])
 
 
@@ -69,23 +70,27 @@ async def in_line(pool: Pool, *numbers: int) -> list[asyncio.Future[Row]]:
     return [line.add(increment(number)) for number in numbers]
 
 
-@pytest.mark.parametrize(("connections", "count"), [(1, 0), (4, 0), (7, 0), (8, 1), (10, 2), (40, 2)])
+@pytest.mark.parametrize(
+    ("connections", "processors", "count"),
+    [(1, 2, 0), (4, 2, 0), (7, 2, 0), (8, 2, 1), (10, 2, 2), (40, 2, 2), (5, 1, 0), (6, 1, 1), (40, 1, 1)],
+)
 async def test_as_many_lines_as_there_is_room_for_and_every_write_once(
-    make_pool: MakePool, client: MongoClient[Document], connections: int, count: int
+    make_pool: MakePool, client: MongoClient[Document], connections: int, processors: int, count: int
 ) -> None:
-    async with make_pool(connections) as pool:
+    async with make_pool(connections, processors) as pool:
         await lines(pool, count)
         for _ in range(5):
             rows = await asyncio.gather(*[pool.writes.share(increment(number % 50)) for number in range(200)])
             assert [modified(row) for row in rows] == [1] * 200
             assert pool.size <= connections
             assert len(pool.writes.all) <= count
-            assert count or pool._commits.backend is None
+            assert (count and processors > 1) or pool._commits.backend is None
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [20] * 50
 
 
-async def test_a_rush_is_forgotten_when_nobody_has_written_for_long(make_pool: MakePool) -> None:
-    async with make_pool(20) as pool:
+@pytest.mark.parametrize("processors", [1, 2])
+async def test_a_rush_is_forgotten_when_nobody_has_written_for_long(make_pool: MakePool, processors: int) -> None:
+    async with make_pool(20, processors) as pool:
         await lines(pool)
         assert pool._crowded()
         for _ in range(200):
@@ -199,6 +204,27 @@ async def test_writes_survive_the_end_of_the_connection_that_flushes(
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [5] * 50
 
 
+async def test_writes_survive_that_the_flush_in_their_line_is_cancelled(
+    cluster: Cluster, make_pool: MakePool, client: MongoClient[Document]
+) -> None:
+    async with make_pool(20, 1) as pool:
+        await lines(pool)
+        (line,) = pool.writes.all
+        done = asyncio.Event()
+
+        async def cancel() -> None:
+            while not done.is_set():
+                await asyncio.to_thread(cluster.psql, f"select pg_cancel_backend({line.pid})")
+
+        canceller = asyncio.create_task(cancel())
+        for _ in range(10):
+            rows = await asyncio.gather(*[pool.writes.share(increment(number)) for number in range(50)])
+            assert [modified(row) for row in rows] == [1] * 50
+        done.set()
+        await canceller
+    assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [10] * 50
+
+
 async def test_a_document_is_found_by_a_plan_that_is_made_once(new_cluster: NewCluster) -> None:
     # Without statistics PostgreSQL takes the plan for any _id for dear.
     explaining = {"auto_explain.log_min_duration": "0", "auto_explain.log_nested_statements": "on"}
@@ -256,7 +282,8 @@ def test_a_plan_cache_mode_of_the_server_changes_no_result(new_cluster: NewClust
             assert client.line.w.update_one(where, {"$inc": {"n": 1}}).modified_count == 1
 
 
-async def test_what_is_acknowledged_survives_a_crash(new_cluster: NewCluster) -> None:
+@pytest.mark.parametrize("processors", [1, 2])
+async def test_what_is_acknowledged_survives_a_crash(new_cluster: NewCluster, processors: int) -> None:
     # PostgreSQL flushes by itself only after ten seconds: what nobody asked for is lost.
     cluster = new_cluster(wal_writer_delay="10s", wal_writer_flush_after="1GB")
     acknowledged: set[str] = set()
@@ -277,10 +304,11 @@ async def test_what_is_acknowledged_survives_a_crash(new_cluster: NewCluster) ->
 
     with MongoClient[Document](cluster.uri) as client:
         client.line.w.insert_one({"_id": "first"})
-    async with opened_pool(cluster, 30) as pool:
+    async with opened_pool(cluster, 30, processors) as pool:
         writers = asyncio.gather(*[write(pool, writer) for writer in range(32)])
         await wait_until(lambda: len(acknowledged) > 3000)
         assert pool.writes.all
+        assert (pool._commits.backend is None) == (processors == 1)
         await asyncio.to_thread(cluster.stop, "immediate")
         crashed.set()
         # Those who have not been answered are not answered by a server that knows nothing of them.
@@ -290,6 +318,26 @@ async def test_what_is_acknowledged_survives_a_crash(new_cluster: NewCluster) ->
     with MongoClient[Document](cluster.uri) as client:
         there = {row["_id"] for row in client.line.w.find()}
     assert not acknowledged - there
+
+
+def test_a_flush_that_is_cancelled_confirms_nothing(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    cluster.configure(synchronous_standby_names="nobody")
+    with psycopg.connect(conninfo(configuration(cluster)), autocommit=True) as connection:
+        (incarnation,) = connection.execute("select ferretdb.commit_unflushed(true)").fetchone() or ()
+        flush = f"select ferretdb.flush_commits({incarnation})"
+        connection.execute("set statement_timeout = 100")
+
+        def refused() -> bool:
+            try:
+                connection.execute(flush)  # PostgreSQL needs a moment to know that there is a standby
+            except psycopg.errors.QueryCanceled as error:
+                return "before a standby has confirmed" in str(error)
+            return False
+
+        wait_for(refused)
+        connection.execute("set synchronous_commit = local")
+        connection.execute(flush)
 
 
 def test_commits_without_a_flush(cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from pg_ferret.engine.backend import Backend, Lender
+from pg_ferret.engine.calls import FLUSH_COMMITS, SET_UP_WRITES
 from pg_ferret.engine.duties import Duties
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Owner
@@ -36,10 +37,12 @@ class Stage:
     ("largest", "processors", "lines"),
     [
         (40, 2, (1, 2, 2, True)),
-        (40, 1, (1, 1, 1, True)),
+        (40, 1, (1, 1, 1, False)),
         (10, 2, (1, 2, 1, True)),
         (8, 2, (1, 1, 1, True)),
+        (7, 1, (1, 1, 1, False)),
         (6, 2, (1, 0, 2, False)),
+        (5, 1, (1, 0, 1, False)),
         (4, 2, (1, 0, 1, False)),
         (2, 2, (1, 0, 0, False)),
         (1, 2, (0, 0, 0, False)),
@@ -109,6 +112,30 @@ def test_writes_share_while_they_meet_many_wherever_these_wait() -> None:
     line.queue.clear()
     assert not [duties.crowded(2) for _ in range(100)][-1]
     assert not [duties.crowded(3) for _ in range(100)][-1]
+
+
+def test_a_line_flushes_for_a_worker_of_one_processor() -> None:
+    stage = Stage(processors=1)
+    duties = stage.duties
+    for _ in range(100):
+        duties.crowded(5)
+    assert duties.crowded(5)
+    assert duties._in_line(FLUSH_COMMITS, (b"12345678",)) is None  # there is none yet
+    server = Server()
+    duties.writes.add(cast(Any, server))
+    assert duties._in_line(FLUSH_COMMITS, (b"12345678",)) is not None
+    assert server.sent == [SET_UP_WRITES.name, FLUSH_COMMITS.name]
+
+
+def test_writes_forget_a_rush_with_their_last_line() -> None:
+    duties = Stage().duties
+    for _ in range(2):
+        duties.writes.add(cast(Any, Server()))
+    assert [duties.crowded(8) for _ in range(100)][-1]
+    duties.remove(duties.writes.all[0])
+    assert duties.crowded(3)
+    duties.remove(duties.writes.all[0])
+    assert not any(duties.crowded(3) for _ in range(100))
 
 
 def test_writes_forget_a_rush_when_nobody_has_written_for_long() -> None:

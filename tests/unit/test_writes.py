@@ -19,6 +19,7 @@ from tests.unit.fake_line import Loop, Server, refusal, row, sync
 
 _SHAPE = 1
 _DONE = (b"reply", b"\x01", b"12345678")
+_FLUSH = Shared(FLUSH_COMMITS, (b"12345678",), b"", 0)
 _WRITE = Shared(INSERT, (b"db", b"spec", b"documents", TRUE), b"db.c", _SHAPE)
 
 
@@ -284,10 +285,21 @@ class Flushes:
         self.server = Server()
         self.elsewhere: list[Committed] = []
         self.coming = 0
-        self.commits = Commits(cast(Any, self.loop), self.elsewhere.append, lambda: self.coming)
+        self.in_line: list[asyncio.Future[Row]] = []
+        self.has_line = True
+        self.commits = Commits(
+            cast(Any, self.loop), self.elsewhere.append, lambda: self.coming, lambda *_: self._in_line()
+        )
+        self.commits.allowed = True
         lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda _, __: None)
         self.backend = Backend(cast(Any, self.server), cast(Any, self.loop), lender)
         self.commits.backend = self.backend
+
+    def _in_line(self) -> asyncio.Future[Row] | None:
+        if not self.has_line:
+            return None
+        self.in_line.append(self.loop.create_future())
+        return self.in_line[-1]
 
     def add(self, incarnation: bytes = b"12345678") -> asyncio.Future[Row]:
         waiter = self.loop.create_future()
@@ -421,6 +433,75 @@ def test_when_a_connection_cannot_flush_another_one_does(flushes: Flushes, cance
     assert not waiter.done()
     committed.tell(None)
     assert waiter.result()[0] == b"reply"
+
+
+@pytest.fixture
+def in_line() -> Flushes:
+    """Without a connection that flushes: where writes stand in line."""
+    flushes = Flushes()
+    flushes.commits.allowed = False
+    flushes.commits.backend = None
+    return flushes
+
+
+def test_a_flush_in_line_waits_until_all_have_been_made(in_line: Flushes) -> None:
+    in_line.coming = 1
+    waiters = [in_line.add() for _ in range(15)]
+    in_line.loop.run()
+    assert not in_line.in_line
+    in_line.coming = 0
+    waiters.append(in_line.add())
+    in_line.loop.run()
+    (flush,) = in_line.in_line
+    flush.set_result(())
+    in_line.loop.run()
+    assert all(waiter.done() for waiter in waiters)
+    assert not in_line.commits.pending
+
+
+def test_sixteen_writes_wait_for_no_other_and_none_for_long(in_line: Flushes) -> None:
+    in_line.coming = 50
+    for _ in range(16):
+        in_line.add()
+    in_line.loop.run()
+    (flush,) = in_line.in_line
+    in_line.add()
+    flush.set_result(())
+    in_line.loop.run(0.001)
+    assert len(in_line.in_line) == 1
+    in_line.loop.run(0.002)
+    assert len(in_line.in_line) == 2
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_without_a_line_that_flushes_another_connection_does(in_line: Flushes, lost: bool) -> None:
+    in_line.has_line = lost
+    waiter = in_line.add()
+    in_line.loop.run()
+    if lost:
+        in_line.in_line[0].set_exception(EngineLostError("lost"))
+        in_line.loop.run()
+    assert (len(in_line.elsewhere), in_line.commits.pending, waiter.done()) == (1, 0, False)
+
+
+def test_a_flush_stands_in_line_as_long_as_the_disk_takes(stage: Stage) -> None:
+    waiter = stage.line.add(_FLUSH)
+    stage.loop.run(10.0)
+    assert stage.line.takes(_SHAPE)
+    assert (stage.server.cancelled, stage.stalled) == (0, [])
+    behind = stage.line.add(_WRITE)
+    stage.server.give(stage.line, row(b""), sync())
+    assert waiter.result() == ()
+    for _ in range(2):
+        stage.loop.run(STALL_SECONDS)
+    assert (stage.server.cancelled, stage.line.takes(_SHAPE)) == (1, False)  # this is a write again
+    assert not behind.done()
+
+
+def test_a_flush_that_a_cancel_request_has_met_is_made_elsewhere(stage: Stage) -> None:
+    waiter = stage.line.add(_FLUSH)
+    stage.server.give(stage.line, refusal(b"57014"), sync())
+    assert (stage.elsewhere, waiter.done()) == ([_FLUSH], False)
 
 
 def test_whether_a_write_was_made_is_unknown_if_it_was_not_flushed() -> None:
