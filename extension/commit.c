@@ -61,7 +61,7 @@ static bool
 is_replicated(XLogRecPtr end)
 {
 	int			mode = SYNC_REP_WAIT_FLUSH;
-	bool		needless;
+	bool		needless = SyncRepStandbyNames == NULL || SyncRepStandbyNames[0] == 0;
 	bool		confirmed;
 
 	if (!SyncRepRequested())
@@ -71,8 +71,9 @@ is_replicated(XLogRecPtr end)
 	else if (synchronous_commit == SYNCHRONOUS_COMMIT_REMOTE_APPLY)
 		mode = SYNC_REP_WAIT_APPLY;
 	LWLockAcquire(SyncRepLock, LW_SHARED);
-#if PG_VERSION_NUM >= 180000
-	needless = (WalSndCtl->sync_standbys_status & SYNC_STANDBY_DEFINED) == 0;
+#ifdef SYNC_STANDBY_INIT		/* 18, and later minor releases of 17 */
+	if (WalSndCtl->sync_standbys_status & SYNC_STANDBY_INIT)
+		needless = (WalSndCtl->sync_standbys_status & SYNC_STANDBY_DEFINED) == 0;
 #else
 	needless = !WalSndCtl->sync_standbys_defined;
 #endif
@@ -97,7 +98,7 @@ ferretdb_flush_commits(PG_FUNCTION_ARGS)
 				 errmsg("PostgreSQL was restarted before the write was flushed")));
 	end = end_of_wal();
 	XLogFlush(end);
-	/* As a commit does; but a commit that is cancelled here only warns, because it has been made. */
+	/* A cancel request ends this wait with a warning only; who has asked must not take that for confirmed. */
 	HOLD_INTERRUPTS();
 	SyncRepWaitForLSN(end, true);
 	RESUME_INTERRUPTS();

@@ -7,12 +7,15 @@
  * it is exact: what is written meanwhile makes it neither miss nor repeat any
  * other document.  In the order of another index that cannot be said, of either
  * way.  So it is switched on for finds that are without a condition, or have
- * one on _id alone, and for no other.
+ * one on _id alone, and for no other.  What is read may be a view, or have an
+ * index that the engine prefers even so: the continuation says, and the gateway
+ * then makes the find again (reads_by_id() in pg_ferret/engine/calls.py).
  */
 #include "postgres.h"
 
 #include "access/xact.h"
 #include "fmgr.h"
+#include "miscadmin.h"
 #include "storage/proc.h"
 #include "utils/guc.h"
 #include "varatt.h"
@@ -44,12 +47,14 @@ only_id(const unsigned char *filter)
 {
 	const unsigned char *end = filter + read_int32(filter) - 1;
 	const unsigned char *first = filter + 4;
-	const unsigned char *condition = first + 1 + sizeof("_id");
+	const unsigned char *condition;
 
 	if (first == end)
 		return true;
-	return first[0] == BSON_DOCUMENT && strcmp((const char *) first + 1, "_id") == 0
-		&& condition[4] != 0 && condition[5] == '$' && condition + read_int32(condition) == end;
+	if (first[0] != BSON_DOCUMENT || strcmp((const char *) first + 1, "_id") != 0)
+		return false;
+	condition = first + 1 + sizeof("_id");
+	return condition[4] != 0 && condition[5] == '$' && condition + read_int32(condition) == end;
 }
 
 /* A page without documents leaves it to the next one how to go on.  The engine reads 32 bits of any integer. */
@@ -59,7 +64,7 @@ asks_for_documents(unsigned char type, const unsigned char *at)
 	return (type == BSON_INT32 || type == BSON_INT64) && read_int32(at) != 0;
 }
 
-/* Does this find, a document that has been checked, read in the order of _id? */
+/* Does this find, a document that has been checked, read in the order of _id, as far as it says itself? */
 static bool
 reads_by_id(const unsigned char *at)
 {
@@ -103,7 +108,8 @@ set_dynamic_cursors(bool wanted)
 	value = GetConfigOption(DYNAMIC_CURSORS, true, false);
 	if (value == NULL || (wanted && strcmp(value, "on") == 0))
 		return;
-	(void) set_config_option(DYNAMIC_CURSORS, wanted ? "on" : "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+	(void) set_config_option(DYNAMIC_CURSORS, wanted ? "on" : "off", superuser() ? PGC_SUSET : PGC_USERSET,
+							 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 	ours = wanted ? here : InvalidLocalTransactionId;
 }
 

@@ -19,9 +19,14 @@ _DB_TEXT = (TEXT, TEXT)
 _DB_BSON_FLAG = (TEXT, BINARY, TEXT)
 _DB_BSON_BSON_FLAG = (TEXT, BINARY, BINARY, TEXT)
 
-# A continuation begins with {qi: <int64>, qp: <whether the rest of the result is kept somewhere>}.
+# A continuation begins with {qi: <int64>, qp: <whether the rest of the result is kept somewhere>, qk: <int32>}.
 _KEEPS_AT: Final = 4 + len(b"\x12qi\0") + 8
 _KEEPS_NOTHING: Final = b"\x08qp\0\0"
+# Then comes the command, with its document's length, and in the newer kind of them {dc: {type: <kind of scan>, ...}}.
+_COMMAND_AT: Final = _KEEPS_AT + len(_KEEPS_NOTHING) + len(b"\x10qk\0") + 4
+_NEWER: Final = b"\x03qd\0"
+_SCAN_AT: Final = len(b"\x03dc\0") + 4
+_BY_ID: Final = b"\x10type\0\x02\0\0\0"
 
 
 class Call(NamedTuple):
@@ -42,6 +47,15 @@ def streams(continuation: bytes) -> bool:
     return continuation[_KEEPS_AT : _KEEPS_AT + len(_KEEPS_NOTHING)] == _KEEPS_NOTHING
 
 
+def reads_by_id(continuation: bytes) -> bool:
+    """Whether a cursor goes on as ever, or in the newer way in the order of _id, where that one is as exact."""
+    at = _COMMAND_AT + len(_NEWER)
+    if continuation[_COMMAND_AT:at] != _NEWER:
+        return True
+    scan = at + int.from_bytes(continuation[at : at + 4], "little") + _SCAN_AT
+    return continuation[scan : scan + len(_BY_ID)] == _BY_ID
+
+
 def id_array(cursor_ids: list[int]) -> bytes:
     """Cursor ids as PostgreSQL's bigint[]."""
     return b"{%s}" % ",".join(map(str, cursor_ids)).encode()
@@ -58,6 +72,8 @@ _FIRST_PAGE = "SELECT cursorpage, continuation, cursorid FROM documentdb_api.{}_
 
 # (db, spec) -> page, continuation or NULL, cursor id (53 bits of pg_strong_random)
 FIND = _call("find", _FIRST_PAGE.format("find", "ferretdb.checked_find($2)"), _DB_BSON, opens=True)
+# The same, whose cursor goes on as ever.
+FIND_AS_EVER = _call("find_as_ever", _FIRST_PAGE.format("find", _SPEC), _DB_BSON, opens=True)
 AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate", _SPEC), _DB_BSON, opens=True)
 # (db, spec) -> page: these come whole
 LIST_COLLECTIONS = _call(

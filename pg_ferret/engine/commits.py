@@ -28,7 +28,7 @@ from pg_ferret.errors import EngineError, EngineLostError
 _RESTARTED: Final = "57P02"
 # Seconds a flush waits at most for writes to be committed.
 _HELD_SECONDS: Final = 0.002
-# So many do not wait until all that stand in line have been made, too.
+# For so many a flush in line waits no longer, though it then stands behind all that have been sent.
 _MOST_HELD: Final = 16
 
 
@@ -70,7 +70,7 @@ class Commits:
         "_next",
         "_scheduled",
         "_timer",
-        "allowed",
+        "apart",
         "backend",
         "flushing",
         "pending",
@@ -96,7 +96,7 @@ class Commits:
         self._scheduled = False
         self.flushing = False
         self.pending = 0  # writes that wait for a flush
-        self.allowed = False  # to have a connection of their own
+        self.apart = False  # a connection of their own flushes, not the line of writes
         self.backend: Backend | None = None  # it does nothing else
 
     def fits(self, backend: Backend) -> bool:
@@ -131,7 +131,7 @@ class Commits:
 
     def _enough(self, writes: int) -> bool:
         """Whether a flush of so many writes need not wait for others."""
-        if self.allowed:
+        if self.apart:
             return self.backend is None or writes >= self._coming()
         return writes >= _MOST_HELD or not self._coming()
 
@@ -142,17 +142,19 @@ class Commits:
         committed, self._next = self._next, None
         if committed is None:
             return
-        params = (committed.incarnation,)
-        backend = self.backend
-        if backend is not None and not backend.lost:
-            flush = backend.execute(FLUSH_COMMITS, params)
-        elif self.allowed or (in_line := self._in_line(FLUSH_COMMITS, params)) is None:
+        flush = self._ask((committed.incarnation,))
+        if flush is None:
             self._pass_on(committed)
             return
-        else:
-            flush = in_line
         self.flushing = True
         flush.add_done_callback(partial(self._flushed, committed))
+
+    def _ask(self, params: Params) -> asyncio.Future[Row] | None:
+        """Ask for a flush; None if nobody is there to ask."""
+        backend = self.backend
+        if backend is not None and not backend.lost:
+            return backend.execute(FLUSH_COMMITS, params)
+        return None if self.apart else self._in_line(FLUSH_COMMITS, params)
 
     def _flushed(self, committed: Committed, flush: asyncio.Future[Row]) -> None:
         self.flushing = False

@@ -86,7 +86,7 @@ class Duties:
         self.finds.allot(finds)
         self.writes.allot(writes)
         self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
-        self.commits.allowed = flush
+        self.commits.apart = flush
 
     def crowded(self, under_way: int) -> bool:
         """To be asked once for every write: whether it had better share connection and flush.
@@ -98,6 +98,12 @@ class Duties:
     def idle(self) -> None:
         """Nobody has written for long."""
         self._crowd.forget()
+
+    def missing(self) -> Duty | None:
+        """What has yet to be there for writes to share a flush: the connection that flushes, or the line that does."""
+        if self.commits.apart:
+            return self.commits if self.commits.backend is None else None
+        return None if self.writes.all else self.writes
 
     def want(self, duty: Duty) -> bool:
         """Another connection is to serve in this way; False if that is wanted already."""
@@ -114,7 +120,7 @@ class Duties:
         """Have a connection do so; False if there is enough of that by now."""
         self.wanted.remove(duty)
         if isinstance(duty, Commits):
-            if not duty.allowed or duty.backend is not None:
+            if not duty.apart or duty.backend is not None:
                 return False
             duty.backend = backend
         elif duty.due:
@@ -127,8 +133,9 @@ class Duties:
 
     def remove(self, line: Line) -> bool:
         """It serves no more; tells whether it did."""
-        found = self.finds.remove(line) or self.pages.remove(line) or self.writes.remove(line)
-        self.connections -= found
-        if not self.writes.all:
+        wrote = self.writes.remove(line)
+        if wrote and not self.writes.all:
             self._crowd.forget()
+        found = wrote or self.finds.remove(line) or self.pages.remove(line)
+        self.connections -= found
         return found

@@ -126,7 +126,7 @@ class Pool:
                 schedule(pipeline.pid, batch=limits.batch)
         self._limits = limits
         self._duties.allot(limits)
-        if not self._commits.allowed:
+        if not self._commits.apart:
             self._disband()
         if not self._source.opened:
             return
@@ -151,7 +151,8 @@ class Pool:
     def write(self, call: Call, params: Params) -> Awaitable[Row]:
         """As `call`, for a call that writes, without its last parameter: the result comes when it is durable.
 
-        A write that is alone waits for its own commit, which is a round trip less; several share a flush.
+        A write that is alone waits for its own commit, which is a round trip less; several share a flush, if there is a
+        connection that does nothing else.
         """
         if self._crowded() and self._commits.backend is not None:
             return self.call(call, (*params, TRUE))
@@ -166,13 +167,13 @@ class Pool:
         return len(self._all) - len(self._idle) - flusher + len(self._queue.requests)
 
     def _crowded(self) -> bool:
-        """To be asked once for every write: whether it shares; has a connection found that flushes, if that is due."""
+        """To be asked once for every write: whether it shares; has who flushes found, if that is due."""
         if not self._duties.crowded(self._under_way()):
             return False
-        if self._commits.allowed and self._commits.backend is None:
-            self._want(self._commits)
-            return False
-        return True
+        missing = self._duties.missing()
+        if missing is not None:
+            self._want(missing)
+        return missing is None
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:
@@ -197,7 +198,7 @@ class Pool:
     def _flushed(self, flusher: Backend) -> None:
         """The connection that flushes has done so; it serves nobody else."""
         flusher.idle_ticks = 0
-        if not self._commits.allowed:
+        if not self._commits.apart:
             self._disband()
 
     def _disband(self) -> None:

@@ -212,7 +212,7 @@ class WriteLine(Line):
             self.busy = False
         if waiter.done():
             pass
-        elif _not_made(row, error):
+        elif write.call is not FLUSH_COMMITS and _not_made(row, error):
             self._shapes.note(write.shape, now + _BANNED_SECONDS)
             self._leaving |= isinstance(error, EngineError) and error.sqlstate == UNPREPARED
             self._owner.elsewhere(write, waiter)
@@ -319,8 +319,8 @@ class Writes(Lines[WriteLine]):
         return sum([line.coming() for line in self.all])
 
     def flush(self, flush: Shared) -> asyncio.Future[Row] | None:
-        """Make a flush in the shortest line, or None if there is no line."""
-        line = self.shortest(line for line in self.all if line.open)
+        """Make a flush in a line that is not late, or None if there is none: it would wait for what is before it."""
+        line = next((line for line in self.all if line.open and line.coming() == len(line.queue)), None)
         return None if line is None else line.add(flush)
 
     def share(self, write: Shared) -> Awaitable[Row]:

@@ -11,12 +11,13 @@ import bson
 import psycopg
 import pytest
 from bson import Int64
+from pymongo import MongoClient
 from pymongo.database import Database
 
 from dev.cluster import Cluster
-from pg_ferret.engine.calls import FIND
+from pg_ferret.engine.calls import FIND, FIND_AS_EVER
 from pg_ferret.engine.limits import conninfo
-from tests.integration.conftest import configuration
+from tests.integration.conftest import NewCluster, configuration
 
 Document = dict[str, Any]
 
@@ -88,14 +89,12 @@ def test_another_find_in_the_same_transaction_is_continued_as_ever(
 ) -> None:
     database.c.insert_many([{"_id": number, "r": number} for number in range(100)])
     by_id, other = ({"find": "c", "batchSize": 10, "filter": {name: {"$gte": 10}}} for name in ("_id", "r"))
-    both = f"select (ferretdb.checked_find($1) is not null)::int, current_setting('{_SETTING[5:]}')"
-    with session.pipeline():
-        found = [
-            session.execute(both.replace("$1", "%s"), (bson.encode(command),), binary=True)
-            for command in (by_id, by_id, other, by_id)
-        ]
-    # What is behind the first one is in a block, if an implicit one.
-    assert [each.fetchone() for each in found] == [(1, "on"), (1, "off"), (1, "off"), (1, "off")]
+    each = f"ferretdb.checked_find(%s) is not null, current_setting('{_SETTING[5:]}')"
+    finds = tuple(bson.encode(command) for command in (by_id, by_id, other, other, by_id))
+    found = session.execute(f"select {', '.join([each] * len(finds))}", finds, binary=True).fetchone()
+    assert found is not None
+    assert found[1::2] == ("on", "on", "off", "off", "on")
+    assert session.execute(_SETTING).fetchone() == ("off",)
     with session.transaction():
         continuation = first_page(session, database.name, by_id)
         assert continuation is not None
@@ -113,6 +112,32 @@ def test_who_has_switched_it_on_keeps_it(session: psycopg.Connection, database: 
         assert continuation is not None
         assert "qd" in continuation
         assert session.execute(_SETTING).fetchone() == ("on",)
+
+
+def made_again(cluster: Cluster) -> bool:
+    """Whether a find has been made a second time by any of the gateway's connections, as the last thing there."""
+    asked = FIND_AS_EVER.sql.decode().replace("'", "''")
+    sql = f"select pid from pg_stat_activity where application_name = 'pg_ferret' and query = '{asked}'"
+    return cluster.psql(sql) != []
+
+
+@pytest.mark.parametrize("read", ["c", "simple", "indexed"])
+@pytest.mark.parametrize("index", ["r", "$**"])
+def test_what_is_not_read_in_the_order_of_its_id_is_continued_as_ever(
+    new_cluster: NewCluster, read: str, index: str
+) -> None:
+    """A view's own condition, or a wildcard index: the command does not tell."""
+    cluster = new_cluster()
+    with MongoClient[Document](cluster.uri) as client:
+        database = client.streaming
+        database.c.insert_many([{"_id": number, "r": number} for number in range(1000)])
+        database.c.create_index({index: 1})
+        database.create_collection("simple", viewOn="c", pipeline=[{"$addFields": {"s": 1}}])
+        database.create_collection("indexed", viewOn="c", pipeline=[{"$match": {"r": {"$gte": 100}}}])
+        cursor = database[read].find({"_id": {"$gte": 200}}, batch_size=50)
+        first = next(cursor)
+        assert made_again(cluster) == (read == "indexed" or (read, index) == ("c", "$**"))
+        assert sorted(row["_id"] for row in [first, *cursor]) == list(range(200, 1000))
 
 
 @pytest.mark.parametrize("filtered", [{}, {"_id": {"$gte": -1}}], ids=["everything", "a range"])

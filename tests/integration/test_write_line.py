@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,7 @@ def modified(row: Row) -> int:
 async def lines(pool: Pool, count: int = 1) -> None:
     """Writes of many clients, until they share so many lines."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        flushes = bool(count) and pool._commits.allowed
+        flushes = bool(count) and pool._commits.apart
         while len(pool.writes.all) < count or pool.writes.busy or flushes > (pool._commits.backend is not None):
             await asyncio.gather(*[pool.writes.share(increment(99)) for _ in range(20)])
 
@@ -202,6 +203,49 @@ async def test_writes_survive_the_end_of_the_connection_that_flushes(
             await replaced(pool, flusher)
             await lines(pool)
     assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [5] * 50
+
+
+async def test_writes_in_line_go_on_when_the_worker_gets_another_processor_or_loses_it(
+    cluster: Cluster, make_pool: MakePool, client: MongoClient[Document]
+) -> None:
+    async with make_pool(20, 1) as pool:
+        await lines(pool)
+        for number, processors in enumerate([2, 1, 2, 1]):
+            writes = [asyncio.ensure_future(pool.writes.share(increment(number % 50))) for number in range(200)]
+            await asyncio.sleep(0)
+            config = configuration(cluster, pool_min_conns=1, pool_max_conns=20)
+            await pool.resize(replace(pool_limits(config), processors=processors))
+            assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 200
+            await lines(pool)
+            assert (pool._commits.backend is not None) == (processors == 2)
+            assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [4 * (number + 1)] * 50
+
+
+async def test_a_flush_in_line_that_is_cancelled_tells_nobody(new_cluster: NewCluster) -> None:
+    cluster = new_cluster()
+    with MongoClient[Document](cluster.uri) as client:
+        client.line.w.insert_many([{"_id": number, "n": 0} for number in range(100)])
+
+    def waiting_for_standby() -> list[str | None]:
+        return [row[0] for row in cluster.psql("select pid from pg_stat_activity where wait_event = 'SyncRep'")]
+
+    async with opened_pool(cluster, 20, 1) as pool:
+        await lines(pool)
+        (line,) = pool.writes.all
+        cluster.configure(synchronous_standby_names="nobody")
+        writes: list[asyncio.Future[Row]] = []
+
+        def stuck() -> bool:
+            writes.extend(asyncio.ensure_future(write) for write in [line.add(increment(1)), line.add(increment(2))])
+            return str(line.pid) in waiting_for_standby()
+
+        await wait_until(stuck)
+        told = [write.done() for write in writes]
+        cluster.psql(f"select pg_cancel_backend({line.pid})")
+        await wait_until(lambda: waiting_for_standby() not in ([], [str(line.pid)]))  # another connection flushes
+        assert [write.done() for write in writes] == told
+        cluster.configure(synchronous_standby_names="")
+        assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * len(writes)
 
 
 async def test_writes_survive_that_the_flush_in_their_line_is_cancelled(

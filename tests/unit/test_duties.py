@@ -57,8 +57,8 @@ def test_half_of_the_connections_may_be_shared(
         while kind.due:
             kind.add(cast(Any, Server()))
         found.append(len(kind.all))
-    assert (*found, duties.commits.allowed) == lines
-    assert sum(found) + duties.commits.allowed <= largest // 2
+    assert (*found, duties.commits.apart) == lines
+    assert sum(found) + duties.commits.apart <= largest // 2
 
 
 def test_a_duty_is_wanted_once_and_given_once() -> None:
@@ -121,10 +121,12 @@ def test_a_line_flushes_for_a_worker_of_one_processor() -> None:
         duties.crowded(5)
     assert duties.crowded(5)
     assert duties._in_line(FLUSH_COMMITS, (b"12345678",)) is None  # there is none yet
+    assert duties.missing() is duties.writes
     server = Server()
     duties.writes.add(cast(Any, server))
     assert duties._in_line(FLUSH_COMMITS, (b"12345678",)) is not None
     assert server.sent == [SET_UP_WRITES.name, FLUSH_COMMITS.name]
+    assert duties.missing() is None
 
 
 def test_writes_forget_a_rush_with_their_last_line() -> None:
@@ -133,6 +135,9 @@ def test_writes_forget_a_rush_with_their_last_line() -> None:
         duties.writes.add(cast(Any, Server()))
     assert [duties.crowded(8) for _ in range(100)][-1]
     duties.remove(duties.writes.all[0])
+    assert duties.crowded(3)
+    duties.finds.add(cast(Any, Server()))
+    duties.remove(duties.finds.all[0])
     assert duties.crowded(3)
     duties.remove(duties.writes.all[0])
     assert not any(duties.crowded(3) for _ in range(100))

@@ -290,7 +290,7 @@ class Flushes:
         self.commits = Commits(
             cast(Any, self.loop), self.elsewhere.append, lambda: self.coming, lambda *_: self._in_line()
         )
-        self.commits.allowed = True
+        self.commits.apart = True
         lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda _, __: None)
         self.backend = Backend(cast(Any, self.server), cast(Any, self.loop), lender)
         self.commits.backend = self.backend
@@ -439,7 +439,7 @@ def test_when_a_connection_cannot_flush_another_one_does(flushes: Flushes, cance
 def in_line() -> Flushes:
     """Without a connection that flushes: where writes stand in line."""
     flushes = Flushes()
-    flushes.commits.allowed = False
+    flushes.commits.apart = False
     flushes.commits.backend = None
     return flushes
 
@@ -498,10 +498,27 @@ def test_a_flush_stands_in_line_as_long_as_the_disk_takes(stage: Stage) -> None:
     assert not behind.done()
 
 
-def test_a_flush_that_a_cancel_request_has_met_is_made_elsewhere(stage: Stage) -> None:
+def test_a_flush_that_a_cancel_request_has_met_is_told(stage: Stage) -> None:
+    """Commits has another connection flush."""
     waiter = stage.line.add(_FLUSH)
     stage.server.give(stage.line, refusal(b"57014"), sync())
-    assert (stage.elsewhere, waiter.done()) == ([_FLUSH], False)
+    assert isinstance(waiter.exception(), EngineError)
+    assert (stage.elsewhere, stage.line.takes(_SHAPE)) == ([], True)
+
+
+def test_a_flush_stands_behind_none_that_takes_long(stage: Stage) -> None:
+    pool = Pool(stage)
+    assert pool.writes.flush(_FLUSH) is None
+    pool.writes.add(cast(Any, stage.server))
+    stage.server.give(stage.line, row(b"30", b"0.1"), sync())
+    stage.line.add(_WRITE)
+    assert pool.writes.flush(_FLUSH) is not None
+    stage.loop.run(0.006)
+    assert pool.writes.flush(_FLUSH) is None
+    stage.server.give(stage.line, row(*_DONE), sync(), row(b""), sync())
+    assert pool.writes.flush(_FLUSH) is not None
+    stage.line.retire()
+    assert pool.writes.flush(_FLUSH) is None
 
 
 def test_whether_a_write_was_made_is_unknown_if_it_was_not_flushed() -> None:
