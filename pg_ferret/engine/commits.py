@@ -9,7 +9,7 @@ A flush waits for a moment while more writes are about to be committed than it w
 its next request later, too, and fewer, larger groups cost PostgreSQL and the worker less.
 
 Where another process of PostgreSQL's would only take the processor from the one that makes the writes, that one flushes
-what it has committed itself, when it has nothing else to do.
+what it has committed itself, when it has nothing else to do or many wait for it.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Pool:
         self._shortage_told = -math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
-        room = Room(self._crowded, self._alone, self.call, self._has_room, self._want)
+        room = Room(self._crowded, self._alone, self._apart, self._has_room, self._want)
         self._duties = duties = Duties(self._loop, owner, room, self._measure, self._flush_elsewhere)
         self._commits = duties.commits
         self.finds, self.pages, self.writes = duties.finds, duties.pages, duties.writes
@@ -161,6 +161,10 @@ class Pool:
     def _alone(self, call: Call, params: Params) -> Awaitable[Row]:
         return self.call(call, (*params, FALSE))
 
+    def _apart(self, call: Call, params: Params) -> Awaitable[Row]:
+        """A write that could not stand in line, with its last parameter."""
+        return self.call(call, params) if self._commits.backend is not None else self._alone(call, params[:-1])
+
     def _under_way(self) -> int:
         """Requests that have a connection of their own or wait for one."""
         flusher = self._commits.backend is not None
@@ -190,7 +194,7 @@ class Pool:
             else:
                 await self._wait(FLUSH_COMMITS, params, None, first=True).waiter
             error = None
-        except (EngineError, EngineLostError) as refused:
+        except (CommandError, EngineError, EngineLostError) as refused:
             error = unknown(refused)
         finally:
             committed.tell(error)

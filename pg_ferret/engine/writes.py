@@ -319,8 +319,14 @@ class Writes(Lines[WriteLine]):
         return sum([line.coming() for line in self.all])
 
     def flush(self, flush: Shared) -> asyncio.Future[Row] | None:
-        """Make a flush in a line that is not late, or None if there is none: it would wait for what is before it."""
-        line = next((line for line in self.all if line.open and line.coming() == len(line.queue)), None)
+        """Make a flush in a line that is not late, where it would wait for what is before it, or else in any.
+
+        None if there is none, or while another connection can be had.
+        """
+        lines = [line for line in self.all if line.open]
+        line = next((line for line in lines if line.coming() == len(line.queue)), None)
+        if line is None and not self._free():
+            line = self.shortest(lines)
         return None if line is None else line.add(flush)
 
     def share(self, write: Shared) -> Awaitable[Row]:

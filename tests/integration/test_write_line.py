@@ -215,7 +215,8 @@ async def test_writes_in_line_go_on_when_the_worker_gets_another_processor_or_lo
             await asyncio.sleep(0)
             config = configuration(cluster, pool_min_conns=1, pool_max_conns=20)
             await pool.resize(replace(pool_limits(config), processors=processors))
-            assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 200
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 200
             await lines(pool)
             assert (pool._commits.backend is not None) == (processors == 2)
             assert [row["n"] for row in client.line.w.find({"_id": {"$lt": 50}})] == [4 * (number + 1)] * 50
@@ -226,26 +227,27 @@ async def test_a_flush_in_line_that_is_cancelled_tells_nobody(new_cluster: NewCl
     with MongoClient[Document](cluster.uri) as client:
         client.line.w.insert_many([{"_id": number, "n": 0} for number in range(100)])
 
-    def waiting_for_standby() -> list[str | None]:
-        return [row[0] for row in cluster.psql("select pid from pg_stat_activity where wait_event = 'SyncRep'")]
-
     async with opened_pool(cluster, 20, 1) as pool:
         await lines(pool)
         (line,) = pool.writes.all
+
+        async def waiting_for_standby() -> set[int]:
+            rows = await asyncio.to_thread(
+                cluster.psql, "select pid from pg_stat_activity where wait_event = 'SyncRep'"
+            )
+            return {int(row[0] or 0) for row in rows} & {line.pid, *[backend.pid for backend in pool._all]}
+
         cluster.configure(synchronous_standby_names="nobody")
         writes: list[asyncio.Future[Row]] = []
-
-        def stuck() -> bool:
-            writes.extend(asyncio.ensure_future(write) for write in [line.add(increment(1)), line.add(increment(2))])
-            return str(line.pid) in waiting_for_standby()
-
-        await wait_until(stuck)
-        told = [write.done() for write in writes]
-        cluster.psql(f"select pg_cancel_backend({line.pid})")
-        await wait_until(lambda: waiting_for_standby() not in ([], [str(line.pid)]))  # another connection flushes
-        assert [write.done() for write in writes] == told
-        cluster.configure(synchronous_standby_names="")
-        assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * len(writes)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while line.pid not in await waiting_for_standby():  # PostgreSQL needs a moment to know that there is one
+                await asyncio.wait([line.add(increment(0))], timeout=0.05)
+            writes += [line.add(increment(number)) for number in (1, 2)]
+            while line.pid in (waiting := await waiting_for_standby()) or not waiting:
+                await asyncio.to_thread(cluster.psql, f"select pg_cancel_backend({line.pid})")
+            assert not any(write.done() for write in writes)
+            cluster.configure(synchronous_standby_names="")
+            assert [modified(row) for row in await asyncio.gather(*writes)] == [1] * 2
 
 
 async def test_writes_survive_that_the_flush_in_their_line_is_cancelled(

@@ -515,6 +515,11 @@ def test_a_flush_stands_behind_none_that_takes_long(stage: Stage) -> None:
     assert pool.writes.flush(_FLUSH) is not None
     stage.loop.run(0.006)
     assert pool.writes.flush(_FLUSH) is None
+    pool.is_free = False  # there is no other connection
+    assert pool.writes.flush(_FLUSH) is not None
+    stage.server.give(stage.line, row(*_DONE), sync(), row(b""), sync(), row(b""), sync())
+    pool.is_free = True
+    stage.line.add(_WRITE)
     stage.server.give(stage.line, row(*_DONE), sync(), row(b""), sync())
     assert pool.writes.flush(_FLUSH) is not None
     stage.line.retire()
