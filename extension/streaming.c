@@ -6,10 +6,11 @@
  * takes a quarter less of the CPU for a page.  Where it goes on behind an _id
  * it is exact: what is written meanwhile makes it neither miss nor repeat any
  * other document.  In the order of another index either way can repeat what is
- * updated meanwhile, and this one can miss it.  So it is switched on for finds that are without a condition, or have
- * one on _id alone, and for no other.  What is read may be a view, or have an
- * index that the engine prefers even so: the continuation says, and the gateway
- * then makes the find again (reads_by_id() in pg_ferret/engine/calls.py).
+ * updated meanwhile, and this one can miss it.  So it is switched on for finds
+ * that are without a condition, or have one on _id alone, and for no other.
+ * What is read may be a view, or have an index that the engine prefers even so:
+ * the continuation says, and the gateway then makes the find again
+ * (reads_by_id() in pg_ferret/engine/calls.py).
  */
 #include "postgres.h"
 

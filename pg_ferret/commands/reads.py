@@ -12,8 +12,7 @@ from pg_ferret.commands.duplicates import Keys
 from pg_ferret.commands.pipelines import Output, may_write, outline
 from pg_ferret.engine import calls
 from pg_ferret.engine.lines import Shared
-from pg_ferret.engine.pipeline import Params, Row
-from pg_ferret.engine.pool import Pool
+from pg_ferret.engine.pipeline import Row
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
@@ -79,27 +78,21 @@ async def find(request: Request, client: Client) -> bytes:
     single = point and (whole or by_id(frame, start) or bson.read_int(frame, limit) == 1)
     params = db, body
     if not single and (kind != bson.DOCUMENT or not engine.pages.crowded(services.counters.in_flight - 1)):
-        row = await _exact(await engine.call(calls.FIND, params), params, engine)
-        return _page(row, namespace, request, client)
-    # Of about the same cost: the same first condition by name and type, about the same length.
-    first = start + 4  # its type; in an empty filter the NUL at the end
-    cost = namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5
-    if single:
-        shape = hash(cost)
-        row = await engine.finds.share(Shared(calls.FIND, params, namespace, shape))
+        shape = 0
+        row = await engine.call(calls.FIND, params)
     else:
-        shape = hash((cost, sized, *map(frame.__getitem__, values)))
-        row = await engine.pages.share(Shared(calls.FIND, params, namespace, shape))
-    if row[1] is not None:
-        row = await _exact(row, params, engine)
+        # Of about the same cost: the same first condition by name and type, about the same length.
+        first = start + 4  # its type; in an empty filter the NUL at the end
+        cost = namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5
+        if single:
+            shape = hash(cost)
+            row = await engine.finds.share(Shared(calls.FIND, params, namespace, shape))
+        else:
+            shape = hash((cost, sized, *map(frame.__getitem__, values)))
+            row = await engine.pages.share(Shared(calls.FIND, params, namespace, shape))
+    if row[1] is not None and not calls.reads_by_id(row[1]):  # a cursor that is not exact: extension/streaming.c
+        row = await engine.call(calls.FIND_AS_EVER, params)
     return _page(row, namespace, request, client, shape)
-
-
-async def _exact(row: Row, params: Params, engine: Pool) -> Row:
-    """A find's result, made again if its cursor would not go on in the order of _id (extension/streaming.c)."""
-    if row[1] is None or calls.reads_by_id(row[1]):
-        return row
-    return await engine.call(calls.FIND_AS_EVER, params)
 
 
 def _look_at(request: Request) -> _Find:

@@ -154,15 +154,15 @@ class Pool:
         A write that is alone waits for its own commit, which is a round trip less; several share a flush, if there is a
         connection that does nothing else.
         """
-        if self._crowded() and self._commits.backend is not None:
-            return self.call(call, (*params, TRUE))
+        if self._crowded():
+            return self._apart(call, (*params, TRUE))
         return self._alone(call, params)
 
     def _alone(self, call: Call, params: Params) -> Awaitable[Row]:
         return self.call(call, (*params, FALSE))
 
     def _apart(self, call: Call, params: Params) -> Awaitable[Row]:
-        """A write that could not stand in line, with its last parameter."""
+        """A write that does not stand in line while others are under way, with its last parameter."""
         return self.call(call, params) if self._commits.backend is not None else self._alone(call, params[:-1])
 
     def _under_way(self) -> int:

@@ -35,11 +35,11 @@ def active(cluster: Cluster) -> list[str | None]:
     return [row[0] for row in cluster.psql(sql)]
 
 
-def table_of(cluster: Cluster, collection: str) -> str:
-    """The table of a collection of the database ``line``."""
+def table_of(cluster: Cluster, collection: str, database: str = "line") -> str:
+    """The table of a collection."""
     number = cluster.psql(
         "select collection_id from documentdb_api_catalog.collections"
-        f" where database_name = 'line' and collection_name = '{collection}'"
+        f" where database_name = '{database}' and collection_name = '{collection}'"
     )[0][0]
     return f"documentdb_data.documents_{number}"
 

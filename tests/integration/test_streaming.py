@@ -18,10 +18,11 @@ from dev.cluster import Cluster
 from pg_ferret.engine.calls import FIND, FIND_AS_EVER, reads_by_id
 from pg_ferret.engine.limits import conninfo
 from tests.integration.conftest import NewCluster, configuration
+from tests.integration.pools import table_of
 
 Document = dict[str, Any]
 
-_SETTING = "show documentdb.enableDynamicCursors"
+_SETTING = "documentdb.enableDynamicCursors"
 _SOME = {"_id": {"$gte": 10}}
 _BY_ID: dict[str, Document] = {
     "everything": {},
@@ -82,7 +83,7 @@ def test_which_finds_are_continued_so(
     continuation = first_page(session, database.name, command)
     assert ("qd" in bson.decode(continuation)) == (options in _BY_ID.values())
     assert reads_by_id(continuation)
-    assert session.execute(_SETTING).fetchone() == ("off",)
+    assert session.execute(f"show {_SETTING}").fetchone() == ("off",)
 
 
 def test_another_find_in_the_same_transaction_is_continued_as_ever(
@@ -90,24 +91,24 @@ def test_another_find_in_the_same_transaction_is_continued_as_ever(
 ) -> None:
     database.c.insert_many([{"_id": number, "r": number} for number in range(100)])
     by_id, other = ({"find": "c", "batchSize": 10, "filter": {name: {"$gte": 10}}} for name in ("_id", "r"))
-    each = f"ferretdb.checked_find(%s) is not null, current_setting('{_SETTING[5:]}')"
+    each = f"ferretdb.checked_find(%s) is not null, current_setting('{_SETTING}')"
     finds = tuple(bson.encode(command) for command in (by_id, by_id, other, other, by_id))
     found = session.execute(f"select {', '.join([each] * len(finds))}", finds, binary=True).fetchone()
     assert found is not None
     assert found[1::2] == ("on", "on", "off", "off", "on")
-    assert session.execute(_SETTING).fetchone() == ("off",)
+    assert session.execute(f"show {_SETTING}").fetchone() == ("off",)
     with session.transaction():
         assert "qd" not in bson.decode(first_page(session, database.name, by_id))
-    assert session.execute(_SETTING).fetchone() == ("off",)
+    assert session.execute(f"show {_SETTING}").fetchone() == ("off",)
 
 
 def test_who_has_switched_it_on_keeps_it(session: psycopg.Connection, database: Database[Document]) -> None:
     database.c.insert_many([{"_id": number, "r": number} for number in range(100)])
-    session.execute("set documentdb.enableDynamicCursors = on")
+    session.execute(f"set {_SETTING} = on")
     for name in ("_id", "r", "_id"):
         command = {"find": "c", "batchSize": 10, "filter": {name: {"$gte": 10}}}
         assert "qd" in bson.decode(first_page(session, database.name, command))
-        assert session.execute(_SETTING).fetchone() == ("on",)
+        assert session.execute(f"show {_SETTING}").fetchone() == ("on",)
 
 
 def made_again(cluster: Cluster) -> bool:
@@ -146,10 +147,7 @@ def test_indexes_that_are_made_meanwhile_change_nothing(
     for keys in ({"_id": 1, "r": 1}, {"_id": -1, "r": 1}, {"r": 1}, {"$**": 1}):
         database.c.create_index(keys)
         found += [next(cursor)["_id"] for _ in range(60)]
-    number = cluster.psql(
-        f"select collection_id from documentdb_api_catalog.collections where database_name = '{database.name}'"
-    )[0][0]
-    cluster.psql(f"analyze documentdb_data.documents_{number}")
+    cluster.psql(f"analyze {table_of(cluster, 'c', database.name)}")
     assert found + [row["_id"] for row in cursor] == list(range(1000))
 
 

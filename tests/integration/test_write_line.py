@@ -212,7 +212,6 @@ async def test_writes_in_line_go_on_when_the_worker_gets_another_processor_or_lo
         await lines(pool)
         for number, processors in enumerate([2, 1, 2, 1]):
             writes = [asyncio.ensure_future(pool.writes.share(increment(number % 50))) for number in range(200)]
-            await asyncio.sleep(0)
             config = configuration(cluster, pool_min_conns=1, pool_max_conns=20)
             await pool.resize(replace(pool_limits(config), processors=processors))
             async with asyncio.timeout(PATIENCE_SECONDS):
