@@ -363,6 +363,7 @@ class Worker:
     async def _tend(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
+            self._services.unordered.clear()
             try:
                 await self._services.engine.tend()
             except Exception:  # it is needed for ever

@@ -77,20 +77,23 @@ async def find(request: Request, client: Client) -> bytes:
     # What finds one document at most opens a cursor only from a view that has many of the same _id.
     single = point and (whole or by_id(frame, start) or bson.read_int(frame, limit) == 1)
     params = db, body
+    call = calls.FIND_AS_EVER if not single and namespace in services.unordered else calls.FIND
     if not single and (kind != bson.DOCUMENT or not engine.pages.crowded(services.counters.in_flight - 1)):
         shape = 0
-        row = await engine.call(calls.FIND, params)
+        row = await engine.call(call, params)
     else:
         # Of about the same cost: the same first condition by name and type, about the same length.
         first = start + 4  # its type; in an empty filter the NUL at the end
         cost = namespace, frame[first : frame.find(0, first, end)], (end - start) >> 5
         if single:
             shape = hash(cost)
-            row = await engine.finds.share(Shared(calls.FIND, params, namespace, shape))
+            row = await engine.finds.share(Shared(call, params, namespace, shape))
         else:
             shape = hash((cost, sized, *map(frame.__getitem__, values)))
-            row = await engine.pages.share(Shared(calls.FIND, params, namespace, shape))
-    if row[1] is not None and not calls.reads_by_id(row[1]):  # a cursor that is not exact: extension/streaming.c
+            row = await engine.pages.share(Shared(call, params, namespace, shape))
+    if row[1] is not None and call is calls.FIND and not calls.reads_by_id(row[1]):
+        # A cursor that is not exact: extension/streaming.c.
+        services.unordered.add(namespace)
         row = await engine.call(calls.FIND_AS_EVER, params)
     return _page(row, namespace, request, client, shape)
 

@@ -16,7 +16,7 @@ from typing import ClassVar, Final
 
 from psycopg import pq
 
-from pg_ferret.engine.calls import FIND, GET_MORE
+from pg_ferret.engine.calls import FIND, FIND_AS_EVER, GET_MORE
 from pg_ferret.engine.costs import Costs
 from pg_ferret.engine.crowd import Crowd
 from pg_ferret.engine.lines import Line, Lines, Owner, Shared
@@ -86,7 +86,7 @@ class ReadLine(Line):
         if self._leaving or self.full:
             return False
         costs, shape = self._costs, read.shape
-        return shape in costs.cheap or (read.call in (FIND, GET_MORE) and not costs.slow(shape))
+        return shape in costs.cheap or (read.call in (FIND, FIND_AS_EVER, GET_MORE) and not costs.slow(shape))
 
     def _begin(self, now: float, count: int) -> None:
         """The server begins with so many."""

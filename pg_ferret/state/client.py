@@ -27,7 +27,18 @@ class Counters:
 class Services:
     """One worker's share of everything."""
 
-    __slots__ = ("_going_on", "_latest", "backlog", "config", "counters", "cursors", "engine", "slot", "status")
+    __slots__ = (
+        "_going_on",
+        "_latest",
+        "backlog",
+        "config",
+        "counters",
+        "cursors",
+        "engine",
+        "slot",
+        "status",
+        "unordered",
+    )
 
     def __init__(self, config: Config, engine: Pool, cursors: Cursors, status: StatusTable, slot: int) -> None:
         self.config = config  # replaced by the server when the configuration changes
@@ -37,6 +48,8 @@ class Services:
         self.slot = slot
         self.counters = Counters()
         self.backlog = Backlog()
+        # Namespaces whose finds the engine has lately read in another order than that of _id; forgotten now and then.
+        self.unordered: set[bytes] = set()
         self._going_on: dict[str, str] = {}  # problem -> how it is shown, with the time it began
         self._latest = ""
 

@@ -131,10 +131,11 @@ def test_what_is_not_read_in_the_order_of_its_id_is_continued_as_ever(
         database.c.create_index({index: 1})
         database.create_collection("simple", viewOn="c", pipeline=[{"$addFields": {"s": 1}}])
         database.create_collection("indexed", viewOn="c", pipeline=[{"$match": {"r": {"$gte": 100}}}])
-        cursor = database[read].find({"_id": {"$gte": 200}}, batch_size=50)
-        first = next(cursor)
-        assert made_again(cluster) == (read == "indexed" or (read, index) == ("c", "$**"))
-        assert sorted(row["_id"] for row in [first, *cursor]) == list(range(200, 1000))
+        for _ in range(2):  # the second time it is known
+            cursor = database[read].find({"_id": {"$gte": 200}}, batch_size=50)
+            first = next(cursor)
+            assert made_again(cluster) == (read == "indexed" or (read, index) == ("c", "$**"))
+            assert sorted(row["_id"] for row in [first, *cursor]) == list(range(200, 1000))
 
 
 @pytest.mark.parametrize("filtered", [{}, {"_id": {"$gte": 0}}], ids=["everything", "a range"])

@@ -14,7 +14,7 @@ import pytest
 from bson import Binary, Int64, ObjectId, Regex, decode_all, encode
 
 import pg_ferret.commands  # noqa: F401  (fills the registry)
-from pg_ferret.engine.calls import GET_MORE, TRUE, Call
+from pg_ferret.engine.calls import FIND, FIND_AS_EVER, GET_MORE, TRUE, Call
 from pg_ferret.engine.lines import Shared
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.errors import CommandError, EngineError
@@ -67,7 +67,8 @@ def run(
         body += b"\x01" + struct.pack("<i", 4 + len(section)) + section
     request = parse(struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body)
     engine = Engine(failures, crowd)
-    client = SimpleNamespace(services=SimpleNamespace(engine=engine, counters=SimpleNamespace(in_flight=1)))
+    services = SimpleNamespace(engine=engine, counters=SimpleNamespace(in_flight=1), unordered=set())
+    client = SimpleNamespace(services=services)
     asyncio.run(cast(Any, COMMANDS[request.name].handler(request, cast(Any, client))))
     return engine
 
@@ -293,7 +294,7 @@ class Scan(Engine):
         self.opened = 0
         self.cursors = Cursors(place)
         self.config = SimpleNamespace(settings=SimpleNamespace(cursor_timeout=1000))
-        self.engine, self.counters, self.user = self, SimpleNamespace(in_flight=1), b""
+        self.engine, self.counters, self.unordered = self, SimpleNamespace(in_flight=1), set[bytes]()
 
     async def _done(self, call: Call) -> Row:
         if call is GET_MORE:
@@ -331,6 +332,37 @@ def test_those_of_finds_that_met_nobody_are_told_apart_by_their_commands(tmp_pat
         scan.crowd = False
         shapes.add(scan.next_page())
     assert len(shapes) == 2
+
+
+class View(Scan):
+    """One of a view: in the newer way the engine goes on by another index than that of _id."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        self.made: list[Call] = []
+
+    async def _done(self, call: Call) -> Row:
+        self.made.append(call)
+        page, _, cursor_id = await super()._done(call)
+        newer = {"qi": Int64(self.opened), "qp": False, "qk": 1, "qd": {"find": "c"}, "dc": {"type": 1}}
+        older = {"qi": Int64(self.opened), "qp": False, "qk": 1, "qc": {"find": "c"}}
+        return page, encode(newer if call is FIND else older), cursor_id
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+def test_a_find_that_cannot_go_on_by_id_is_made_again_and_the_next_one_only_once(tmp_path: Path, crowd: bool) -> None:
+    view = View(tmp_path)
+    view.crowd = crowd
+    for expected in ([FIND, FIND_AS_EVER], [FIND_AS_EVER], [FIND_AS_EVER]):
+        view.made.clear()
+        view.ask({"find": "c", "filter": {}})
+        assert view.made == expected
+    view.made.clear()
+    view.ask({"find": "d", "filter": {}})
+    assert view.made == [FIND, FIND_AS_EVER]
+    view.made.clear()
+    view.ask({"find": "c", "filter": {"_id": 1}, "singleBatch": True})  # which opens no cursor
+    assert view.made[0] is FIND
 
 
 @pytest.fixture(autouse=True)
