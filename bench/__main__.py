@@ -1,7 +1,7 @@
 """make bench: measure all targets, interleaved, and write what came out as JSON.
 
 ``python3 -m bench --bin DIR --out FILE [--quick] [--only OPERATION...] [--rounds N]`` inside dev/enter. Every point is
-measured for one target after the other before the next point comes, in ``rounds`` passes, so that whatever else the
+measured for one target after the other before the next point comes, in several passes, so that whatever else the
 machine does meets all of them.
 """
 
@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import growth, procfs
+from bench.goals import DECISIVE
 from bench.plan import FULL, QUICK, TITLES, Plan, Point
 from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
@@ -60,8 +61,9 @@ def machine() -> dict[str, str]:
 def measure(targets: list[Target], plan: Plan) -> list[Sample]:
     """All points, all rounds."""
     samples: list[Sample] = []
-    for number in range(plan.rounds):
-        for index, point in enumerate(plan.points):
+    decisive = tuple(point for point in plan.points if (point.op, point.clients) in DECISIVE)
+    for number in range(plan.rounds + plan.more):
+        for index, point in enumerate(plan.points if number < plan.rounds else decisive):
             able = [target for target in targets if target.can(point)]
             # Whoever comes first finds colder caches: take turns.
             turn = (index + number) % len(able)
@@ -70,7 +72,7 @@ def measure(targets: list[Target], plan: Plan) -> list[Sample]:
                     continue
                 sample = target.measure(point, plan.seconds)
                 samples.append(sample)
-                say(f"{number + 1}/{plan.rounds} {_line(sample)}")
+                say(f"{number + 1}/{plan.rounds + plan.more} {_line(sample)}")
     return samples
 
 
@@ -156,6 +158,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
             "versions": versions,
             "settings": _SETTINGS,
             "rounds": plan.rounds,
+            "more": plan.more,
             "seconds": plan.seconds,
             "took": round(time.monotonic() - started),
             "fresh_memory": fresh,
@@ -186,7 +189,8 @@ def main() -> int:
         if not points:
             parser.error(f"none of these is measured here: {' '.join(options.only)}")
         plan = replace(plan, points=points, idle=(), cursors=0, collections=0)
-    plan = replace(plan, rounds=options.rounds or plan.rounds)
+    if options.rounds:
+        plan = replace(plan, rounds=options.rounds, more=0)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:

@@ -23,8 +23,16 @@ _GOALS = (
 _GOAL_MEMORY = 0.2
 _GOAL_BESIDE = 1.5
 _GOAL_CLIENTS = 0.8
+# Whose operations per second with 256 clients are compared with those of 16.
+_MANY = ("find", "insert")
 # The aggregation takes one of two cores: who sends as fast as it is answered waits longer for that alone.
 BESIDE = {"find-paced": "4,000 a second", "find": "as many as are answered"}
+# Operations and clients on which a goal depends.
+DECISIVE = frozenset(
+    {(op, clients) for op, clients, *_ in _GOALS}
+    | {(op, clients) for op in _MANY for clients in (16, 256)}
+    | {(name, 64) for op in BESIDE for name in (op, f"{op}-beside")}
+)
 _ALONE = "(pg_ferret alone)"
 
 
@@ -58,7 +66,7 @@ def goals(run: dict[str, Any]) -> list[str]:
         if slowdown := slowdowns(run, op).get("pg_ferret"):
             goal(f"{_ALONE} point reads, {way}: p99 beside an aggregation by that without", _GOAL_BESIDE, slowdown)
     by_clients = rounds(run)
-    for op in ("find", "insert"):
+    for op in _MANY:
         many, few = (by_clients.get((op, clients), {}).get("pg_ferret", []) for clients in (256, 16))
         if together := pairs(many, few):
             goal(f"{_ALONE} {TITLES[op]}, 256 clients by 16: ops/s", _GOAL_CLIENTS, _rates(together), least=True)

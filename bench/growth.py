@@ -20,7 +20,7 @@ _WARM_UP_SECONDS = 20.0
 # Workers that have just come have connections to PostgreSQL that know nothing yet.
 _SETTLE_SECONDS = 1.0
 _ROUNDS = 2
-_TURNS = 4
+_TURNS = 7
 _THREADS = 16
 
 

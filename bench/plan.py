@@ -44,8 +44,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """``rounds`` passes over ``points``, each for ``seconds`` per target; so many ``idle`` clients at once,
-    one number after the other, and ``rest`` seconds before memory is looked at.
+    """``rounds`` passes over ``points``, each for ``seconds`` per target, and ``more`` over those that decide whether a
+    goal is reached; so many ``idle`` clients at once, one number after the other, and ``rest`` seconds before memory is
+    looked at.
 
     And pg_ferret alone with so many ``cursors`` open and so many ``collections`` more, if any.
     """
@@ -54,6 +55,7 @@ class Plan:
     rounds: int
     seconds: float
     idle: tuple[int, ...]  # ascending
+    more: int = 0
     rest: float = 0.0
     cursors: int = 0
     collections: int = 0
@@ -111,7 +113,8 @@ FULL = Plan(
         find_paced_beside=(64,),
         connect=(16,),
     ),
-    rounds=5,
+    rounds=3,
+    more=6,
     seconds=2.0,
     idle=(8_000, 10_000),
     rest=12.0,  # what a moment's work took is given back by then, as far as a target does so
