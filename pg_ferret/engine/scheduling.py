@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from time import monotonic
+from time import monotonic, thread_time
 from typing import NamedTuple
 
 
@@ -49,23 +49,35 @@ def work_of(pid: int) -> Work | None:
 
 
 class Stopwatch:
-    """How long a process takes for something, without what it waits for a processor.
+    """How long PostgreSQL takes for something: the time it works, and what it waits for a disk or a lock.
 
-    On a slow or busy machine that is most of the time, and says nothing of what it was asked for.
+    On a slow or busy machine most of the time passes otherwise, and says nothing of what was asked for: PostgreSQL
+    waits for a processor, or its answer waits until this process comes to read it.  The latter can be told from a disk
+    only while this process sleeps, so whoever has been busy all the time learns of no disk.
     """
 
-    __slots__ = ("_began", "_pid", "_work")
+    __slots__ = ("_awake", "_began", "_pid", "_work")
 
     def start(self, pid: int) -> None:
-        """It begins now."""
+        """It begins now, in process ``pid``."""
         self._pid = pid
         self._work = work_of(pid)
+        self._awake = _awake()
         self._began = monotonic()
 
     def seconds(self) -> float:
         """From the start until now."""
         taken = monotonic() - self._began
-        work = work_of(self._pid)
-        if work is None or self._work is None:
+        before, after = self._work, work_of(self._pid)
+        if before is None or after is None:
             return taken
-        return max(0.0, taken - (work.waited - self._work.waited))
+        ran = after.ran - before.ran
+        asleep = taken - ran - (after.waited - before.waited)
+        return ran + max(0.0, asleep - (_awake() - self._awake))
+
+
+def _awake() -> float:
+    """For how long this process has not slept so far, in seconds."""
+    work = work_of(os.getpid())
+    # What a process has run is accounted for when it is interrupted: not up to now, if it is this one.
+    return thread_time() + (0.0 if work is None else work.waited)

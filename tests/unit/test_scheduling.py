@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -60,13 +62,47 @@ def test_what_a_process_has_done() -> None:
     assert first.waited <= then.waited < 10
 
 
-@pytest.mark.parametrize(("works", "seconds"), [([Work(1.0, 2.0), Work(1.1, 2.6)], 0.4), ([None, None], 1.0)])
-def test_what_it_waits_for_a_processor_does_not_count(
-    monkeypatch: pytest.MonkeyPatch, works: list[Work | None], seconds: float
+_ITS, _OURS = 1, os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("ran", "waited", "awake", "seconds"),
+    [
+        (0.1, 0.0, 0.0, 1.0),  # the rest it has slept
+        (0.1, 0.6, 0.0, 0.4),
+        (0.1, 0.6, 0.2, 0.2),
+        (0.1, 0.6, 0.9, 0.1),  # at the same time
+        (0.9, 0.1, 1.0, 0.9),
+    ],
+)
+def test_what_it_waits_for_a_processor_and_its_answer_for_us_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, ran: float, waited: float, awake: float, seconds: float
 ) -> None:
+    works = {_ITS: [Work(1.0, 2.0), Work(1.0 + ran, 2.0 + waited)], _OURS: [Work(7.0, 3.0), Work(7.0, 3.0 + awake / 2)]}
+    times = {"monotonic": [5.0, 6.0], "thread_time": [0.0, awake / 2]}
+    monkeypatch.setattr("pg_ferret.engine.scheduling.work_of", lambda pid: works[pid].pop(0))
+    for clock, readings in times.items():
+        monkeypatch.setattr(f"pg_ferret.engine.scheduling.{clock}", partial(readings.pop, 0))
+    watch = Stopwatch()
+    watch.start(_ITS)
+    assert watch.seconds() == pytest.approx(seconds)
+
+
+def test_without_an_account_all_of_the_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [5.0, 6.0]
-    monkeypatch.setattr("pg_ferret.engine.scheduling.work_of", lambda _: works.pop(0))
+    monkeypatch.setattr("pg_ferret.engine.scheduling.work_of", lambda _: None)
     monkeypatch.setattr("pg_ferret.engine.scheduling.monotonic", lambda: times.pop(0))
     watch = Stopwatch()
-    watch.start(1)
-    assert watch.seconds() == pytest.approx(seconds)
+    watch.start(_ITS)
+    assert watch.seconds() == 1.0
+
+
+def test_a_process_that_sleeps_counts_and_our_own_work_does_not(pid: int) -> None:
+    watch = Stopwatch()
+    watch.start(pid)
+    began, until = time.monotonic(), time.thread_time() + 0.2
+    while time.thread_time() < until:
+        pass
+    assert watch.seconds() < (time.monotonic() - began) / 2
+    watch.start(pid)
+    wait_for(lambda: watch.seconds() > 0.1)
