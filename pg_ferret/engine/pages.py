@@ -26,8 +26,9 @@ from pg_ferret.engine.pipeline import (
     Session,
 )
 from pg_ferret.engine.scheduling import work_of
-from pg_ferret.engine.shared import MOST_WAITING, READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
+from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
+_MOST_WAITING: Final = 128
 # A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
 # than so many times the mean is cheap there, as long as it takes no more than so many seconds.
 _CHEAP_TIMES: Final = 4.0
@@ -58,13 +59,13 @@ class PageLine(ReadLine):
 
     def takes(self, read: Shared) -> bool:
         queue = self._queue
-        if self._leaving or read.shape not in self._costs.cheap or len(queue) >= MOST_WAITING:
+        if self._leaving or read.shape not in self._costs.cheap or len(queue) >= _MOST_WAITING:
             return False
         return not queue or (not self._heavy and self._loop.time() <= self._late)
 
     @property
     def full(self) -> bool:
-        return len(self._queue) >= MOST_WAITING
+        return len(self._queue) >= _MOST_WAITING
 
     @property
     def waiting(self) -> int:

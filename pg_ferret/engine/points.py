@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import Final
 
 import psycopg
 from psycopg import pq
@@ -23,7 +24,10 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.shared import MOST_WAITING, READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
+from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
+
+# More than that would be a batch whose first one waits long for its answer.
+_MOST_WAITING: Final = 512
 
 
 class PointLine(ReadLine):
@@ -41,13 +45,13 @@ class PointLine(ReadLine):
 
     def takes(self, read: Shared) -> bool:
         batches = self._batches
-        if self._leaving or read.shape not in self._costs.cheap or len(self._filling) + len(batches) >= MOST_WAITING:
+        if self._leaving or read.shape not in self._costs.cheap or len(self._filling) + len(batches) >= _MOST_WAITING:
             return False
         return not batches or self._loop.time() <= self._late
 
     @property
     def full(self) -> bool:
-        return len(self._filling) + len(self._batches) >= MOST_WAITING
+        return len(self._filling) + len(self._batches) >= _MOST_WAITING
 
     @property
     def waiting(self) -> int:

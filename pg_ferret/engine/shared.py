@@ -28,7 +28,6 @@ from pg_ferret.errors import EngineError, EngineLostError
 _EACH_SECONDS: Final = 0.0005
 # In a line only one that takes so many times as long is slow: a busy machine makes one in a hundred wait.
 SLOW_TIMES: Final = 2.0
-MOST_WAITING: Final = 128
 # Pages share from so many other requests on that they meet in the mean, until there are so few, which do better side by
 # side.
 _CROWD: Final = 3.0
