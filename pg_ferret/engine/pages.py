@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from time import thread_time
 from typing import Final
 
 import psycopg
@@ -25,7 +26,7 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.scheduling import work_of
+from pg_ferret.engine.scheduling import awake, work_of
 from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
 _MOST_WAITING: Final = 128
@@ -33,11 +34,12 @@ _MOST_WAITING: Final = 128
 # than so many times the mean is cheap there, as long as it takes no more than so many seconds.
 _CHEAP_TIMES: Final = 4.0
 _MOST_CHEAP_SECONDS: Final = STALL_SECONDS / 2
-# And where a page takes so much longer than it may, pages like it stay away for a while: they differ in what they cost.
+# And where a page takes PostgreSQL so much longer than it may, pages like it stay away for a while: they differ in what
+# they cost.
 _LONG_SECONDS: Final = 0.02
 # Where pages, in the mean of so many, take PostgreSQL more of a processor's time, nobody joins others: to wake it up
-# for each costs next to nothing then.  Nor where they take more time, and it runs or waits for a processor for less
-# than such a part of it: it waits for a disk or a lock, and those behind it would wait with it.
+# for each costs next to nothing then.  Nor where they take more time, and for less than such a part of it PostgreSQL
+# runs or waits for a processor, or this process does: it waits for a disk or a lock, and those behind it would wait.
 LOOKED_AT: Final = 32
 _HEAVY_SECONDS: Final = 0.001
 _BUSY_PART: Final = 1 / 3
@@ -47,13 +49,17 @@ class PageLine(ReadLine):
     """The connection: a queue of pages."""
 
     _AWAY_SECONDS = 1.0
-    __slots__ = ("_heavy", "_pages", "_queue", "_taken", "_work")
+    __slots__ = ("_awake", "_cpu", "_heavy", "_judged", "_ours", "_pages", "_queue", "_stretch", "_taken", "_work")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
         self._queue: deque[Waiting] = deque()  # the server is at the first one
         self._heavy = False  # whether nobody is to wait behind others
         self._pages = 0  # since their cost was last looked at
         self._taken = 0.0  # and how long they took
+        self._ours = 0.0  # and for how much of that this process has worked
+        self._cpu = 0.0  # what it had worked when the server began with the first one
+        self._judged, self._awake = thread_time(), awake()  # and when their cost was last looked at
+        self._stretch = 1.0  # how much longer than it works it is awake
         super().__init__(conn, loop, costs, owner)
         self._work = work_of(self.pid)  # what PostgreSQL had done then
 
@@ -75,6 +81,7 @@ class PageLine(ReadLine):
         waiter: asyncio.Future[Row] = self._loop.create_future()
         if not self._queue:
             self._begin(self._loop.time(), 1)
+            self._cpu = thread_time()
             self._starts()
         self._queue.append((read, waiter))
         call, params, _, _ = read
@@ -123,14 +130,16 @@ class PageLine(ReadLine):
         read, _ = self._queue.popleft()
         now = self._loop.time()
         seconds = now - self._since
+        cpu = thread_time()
+        ours = cpu - self._cpu
+        self._cpu = cpu
+        if seconds > SLOW_TIMES * self._costs.cheap_seconds or now - self._late > _LONG_SECONDS:
+            self._blame(read, now, ours)
         self._taken += seconds
+        self._ours += ours
         self._pages += 1
         if self._pages == LOOKED_AT:
             self._judge()
-        if now - self._late > _LONG_SECONDS:
-            self._costs.keep_away(read.shape, now + self._AWAY_SECONDS)
-        elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
-            self._costs.keep_away(read.shape, now)
         if self._queue:
             self._begin(now, 1)
         else:
@@ -139,18 +148,33 @@ class PageLine(ReadLine):
         if self._leaving:
             self.retire()
 
+    def _blame(self, read: Shared, now: float, ours: float) -> None:
+        """A page was late: because of PostgreSQL, as far as can be told, or because this process had ``ours`` to do?"""
+        seconds = now - self._since - ours * self._stretch
+        before, after = self._work, work_of(self.pid)
+        if before is not None and after is not None:
+            # Both since the cost was last looked at: of the former no more than all of their time is the other pages'.
+            seconds = max(after.ran - before.ran - self._taken, seconds - (after.waited - before.waited))
+        if seconds > self._late - self._since + _LONG_SECONDS:
+            self._costs.keep_away(read.shape, now + self._AWAY_SECONDS)
+        elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
+            self._costs.keep_away(read.shape, now)
+
     def _judge(self) -> None:
         """Now and then, by what the last pages have cost: may others wait behind them, and how long is late?"""
-        mean = self._taken / LOOKED_AT
+        cpu, whole = thread_time(), awake()
+        self._stretch = (whole - self._awake) / max(cpu - self._judged, 1e-6)
+        self._judged, self._awake = cpu, whole
+        mean, ours = self._taken / LOOKED_AT, self._ours / LOOKED_AT
         self._pages = 0
-        self._taken = 0.0
+        self._taken = self._ours = 0.0
         before, now = self._work, work_of(self.pid)
         self._work = now
         heavy = mean > _HEAVY_SECONDS
         if before is not None and now is not None:
             ran = (now.ran - before.ran) / LOOKED_AT
             waited = (now.waited - before.waited) / LOOKED_AT
-            heavy = ran > _HEAVY_SECONDS or (heavy and ran + waited < _BUSY_PART * mean)
+            heavy = ran > _HEAVY_SECONDS or (heavy and ran + waited + ours * self._stretch < _BUSY_PART * mean)
         self._heavy = heavy
         late = CHEAP_SECONDS if heavy else _CHEAP_TIMES * mean
         self._costs.cheap_seconds = min(max(CHEAP_SECONDS, late), _MOST_CHEAP_SECONDS)

@@ -62,7 +62,7 @@ class Stopwatch:
         """It begins now, in process ``pid``."""
         self._pid = pid
         self._work = work_of(pid)
-        self._awake = _awake()
+        self._awake = awake()
         self._began = monotonic()
 
     def seconds(self) -> float:
@@ -73,10 +73,10 @@ class Stopwatch:
             return taken
         ran = after.ran - before.ran
         asleep = taken - ran - (after.waited - before.waited)
-        return ran + max(0.0, asleep - (_awake() - self._awake))
+        return ran + max(0.0, asleep - (awake() - self._awake))
 
 
-def _awake() -> float:
+def awake() -> float:
     """For how long this process has not slept so far, in seconds."""
     work = work_of(os.getpid())
     # What a process has run is accounted for when it is interrupted: not up to now, if it is this one.

@@ -98,6 +98,7 @@ def test_without_an_account_all_of_the_time_counts(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_process_that_sleeps_counts_and_our_own_work_does_not(pid: int) -> None:
+    wait_for(lambda: work_of(pid))
     watch = Stopwatch()
     watch.start(pid)
     began, until = time.monotonic(), time.thread_time() + 0.2

@@ -179,7 +179,7 @@ def test_who_waits_when_the_connection_ends_is_told(together: bool) -> None:
 @pytest.mark.parametrize("together", [True, False])
 def test_a_line_has_only_so_much_room(together: bool) -> None:
     stage = Stage(together=together)
-    for _ in range(200):
+    for _ in range(600):
         stage.line.add(stage.reads[0])
     assert stage.line.full
     assert not stage.line.takes(stage.reads[0])
@@ -286,23 +286,33 @@ def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere()
     assert stage.server.prepared_names == {GET_MORE.name}
 
 
+_NOTHING = Work(0.0, 0.0)
+
+
 class Kernel:
-    """What it says of PostgreSQL's process: how long it runs for each page, and waits for a processor."""
+    """What it says of PostgreSQL and of this process: how long each runs for a page, and waits for a processor."""
 
-    def __init__(self, ran: float, waited: float = 0.0) -> None:
+    def __init__(self, ran: float, waited: float = 0.0, ours: Work = _NOTHING) -> None:
         self.each = Work(ran, waited)
-        self._so_far = Work(1.0, 1.0)
+        self.ours = ours
+        self._all = self._all_ours = Work(1.0, 1.0)
 
-    def work_of(self, pid: int) -> Work:
-        so_far = self._so_far
-        self._so_far = Work(so_far.ran + self.each.ran * LOOKED_AT, so_far.waited + self.each.waited * LOOKED_AT)
-        return so_far
+    def page(self) -> None:
+        self._all = Work(self._all.ran + self.each.ran, self._all.waited + self.each.waited)
+        self._all_ours = Work(self._all_ours.ran + self.ours.ran, self._all_ours.waited + self.ours.waited)
+
+    def speak(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pg_ferret.engine.pages.work_of", lambda _: self._all)
+        monkeypatch.setattr("pg_ferret.engine.pages.thread_time", lambda: self._all_ours.ran)
+        monkeypatch.setattr("pg_ferret.engine.pages.awake", lambda: sum(self._all_ours))
 
 
-def pages(stage: Stage, seconds: float) -> bool:
+def pages(stage: Stage, seconds: float, kernel: Kernel | None = None) -> bool:
     """Many pages take so long each, always with others behind them; tells whether one more may join them."""
     read = stage.reads[0]
     for _ in range(10 * LOOKED_AT):
+        if kernel is not None:
+            kernel.page()
         page(stage, seconds)
         stage.line.add(read)
     stage.costs.note(read.shape, 0.0, stage.loop.now + 2.0)
@@ -319,15 +329,21 @@ def pages(stage: Stage, seconds: float) -> bool:
         (Kernel(0.0003), 0.0009, True),
         (Kernel(0.0003, 0.0005), 0.002, True),  # it waits for a processor, and the loop looks late
         (Kernel(0.0003, 0.0195), 0.02, True),
+        (Kernel(0.0003, 0.0, Work(0.0001, 0.0)), 0.002, False),
+        (Kernel(0.0003, 0.0, Work(0.0005, 0.0)), 0.002, True),  # this process has much to do
+        (Kernel(0.0003, 0.0, Work(0.0002, 0.0003)), 0.002, True),  # or it waits for a processor itself
     ],
 )
 def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None, seconds: float, joins: bool
 ) -> None:
-    monkeypatch.setattr("pg_ferret.engine.pages.work_of", kernel.work_of if kernel else lambda _: None)
+    if kernel is None:
+        monkeypatch.setattr("pg_ferret.engine.pages.work_of", lambda _: None)
+    else:
+        kernel.speak(monkeypatch)
     stage = Stage(GET_MORE, together=False)
     assert stage.line.takes(stage.reads[0])
-    assert pages(stage, seconds) == joins
+    assert pages(stage, seconds, kernel) == joins
     while stage.line.busy:
         page(stage, seconds)
     assert stage.line.takes(stage.reads[0])  # nobody is there
@@ -335,19 +351,20 @@ def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
 
 def test_they_do_again_when_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(0.02)
-    monkeypatch.setattr("pg_ferret.engine.pages.work_of", kernel.work_of)
+    kernel.speak(monkeypatch)
     stage = Stage(GET_MORE, together=False)
-    assert not pages(stage, 0.02)
+    assert not pages(stage, 0.02, kernel)
     assert stage.costs.cheap_seconds == CHEAP_SECONDS
     kernel.each = Work(0.0003, 0.0)
-    assert pages(stage, 0.0003)
+    assert pages(stage, 0.0003, kernel)
 
 
 def test_where_all_pages_take_long_the_same_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_ferret.engine.pages.work_of", Kernel(0.0003, 1.0).work_of)
+    kernel = Kernel(0.0003, 1.0)
+    kernel.speak(monkeypatch)
     stage = Stage(GET_MORE, together=False)
     for mean, limit in ((0.0005, 0.004), (0.005, 0.02), (0.02, 0.05), (0.0005, 0.004)):
-        pages(stage, mean)
+        pages(stage, mean, kernel)
         stage.costs.note(_OTHER_SHAPE, limit * 0.9, stage.loop.now)
         assert _OTHER_SHAPE in stage.costs.cheap
         stage.costs.note(_OTHER_SHAPE, limit * 1.1, stage.loop.now)
@@ -383,6 +400,36 @@ def test_pages_of_which_one_took_long_stay_away_for_a_while() -> None:
     for later, cheap in ((0.0, False), (0.9, False), (1.1, True)):
         stage.costs.note(_SHAPE, 0.0, now + later)
         assert (_SHAPE in stage.costs.cheap, stage.costs.slow(_SHAPE)) == (cheap, not cheap)
+
+
+@pytest.mark.parametrize(
+    ("of_the_page", "slow", "long"),
+    [
+        (Kernel(0.03), True, True),
+        (Kernel(0.03, 0.0, Work(0.03, 0.0)), True, True),
+        (Kernel(0.001), True, True),  # it sleeps
+        (Kernel(0.001, 0.01), True, False),
+        (Kernel(0.001, 0.025), False, False),  # it waits for a processor
+        (Kernel(0.001, 0.0, Work(0.01, 0.0)), True, False),
+        (Kernel(0.001, 0.0, Work(0.025, 0.0)), False, False),  # its answer waits for this process
+        (Kernel(0.001, 0.0, Work(0.012, 0.012)), False, False),  # which waits for a processor
+        (Kernel(0.001, 0.01, Work(0.01, 0.01)), False, False),
+    ],
+)
+def test_only_what_postgresql_takes_long_for_stays_away(
+    monkeypatch: pytest.MonkeyPatch, of_the_page: Kernel, slow: bool, long: bool
+) -> None:
+    before = of_the_page.ours
+    kernel = Kernel(0.0003, 0.0, Work(before.ran and 0.0001, before.waited and 0.0001))
+    kernel.speak(monkeypatch)
+    stage = Stage(GET_MORE, together=False)
+    assert pages(stage, 0.0003, kernel)
+    kernel.each, kernel.ours = of_the_page.each, before
+    kernel.page()
+    page(stage, 0.03)
+    assert stage.costs.slow(_SHAPE) == slow
+    stage.costs.note(_SHAPE, 0.0, stage.loop.now + 0.9)
+    assert stage.costs.slow(_SHAPE) == long
 
 
 def test_a_slow_read_stays_away_until_one_is_cheap() -> None:
