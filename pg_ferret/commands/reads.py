@@ -77,7 +77,9 @@ async def find(request: Request, client: Client) -> bytes:
     # What finds one document at most opens a cursor only from a view that has many of the same _id.
     single = point and (whole or by_id(frame, start) or bson.read_int(frame, limit) == 1)
     params = db, body
-    call = calls.FIND_AS_EVER if not single and namespace in services.unordered else calls.FIND
+    call = calls.FIND
+    if not single and namespace in services.unordered:
+        call = calls.FIND_AS_EVER
     if not single and (kind != bson.DOCUMENT or not engine.pages.crowded(services.counters.in_flight - 1)):
         shape = 0
         row = await engine.call(call, params)
