@@ -22,7 +22,7 @@ _BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
 
 def table(run: dict[str, Any]) -> str:
     """The Markdown between the markers."""
-    more = f", of {run['rounds'] + run['more']} where a goal depends on it" if run["more"] else ""
+    more = f", of {run['rounds'] + run['more']} where a goal depends on it" if run.get("more") else ""
     versions = "; ".join(f"{name} {version}" for name, version in run["versions"].items())
     lines = [
         f"`{run['command']}` on {run['date']}: medians of {run['rounds']} rounds of {run['seconds']:g} s{more}.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from pg_ferret.engine.scheduling import Lag
+
 # Seconds: what takes no longer is cheap.
 CHEAP_SECONDS: Final = 0.004
 # Shapes of reads whose cost is remembered.
@@ -13,11 +15,12 @@ _MOST_SHAPES: Final = 10_000
 class Costs:
     """Which shapes of reads have been cheap lately.  Times are the loop's."""
 
-    __slots__ = ("_slow", "cheap", "cheap_seconds")
+    __slots__ = ("_slow", "cheap", "cheap_seconds", "lag")
 
-    def __init__(self) -> None:
+    def __init__(self, lag: Lag) -> None:
         self.cheap_seconds = CHEAP_SECONDS  # how long a read may take
         self.cheap: set[int] = set()  # the shapes whose last read was cheap; those never seen are not
+        self.lag = lag  # which is not what reads cost
         self._slow: dict[int, float] = {}  # shape -> from when on one that is cheap will do
 
     def slow(self, shape: int) -> bool:

@@ -17,6 +17,7 @@ from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pages import PageLine
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.engine.points import PointLine
+from pg_ferret.engine.scheduling import Lag
 from pg_ferret.engine.shared import ReadLine, Reads
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
 
@@ -50,9 +51,10 @@ class Duties:
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
         self.commits = Commits(loop, flush_elsewhere, self._coming, self._in_line)
+        lag = Lag(loop)
 
         def reads(line: type[PointLine] | type[PageLine]) -> Reads:
-            costs = Costs()
+            costs = Costs(lag)
             return Reads(partial(line, loop=loop, costs=costs, owner=owner), costs, measured, room.free)
 
         self.finds = reads(PointLine)

@@ -7,8 +7,8 @@ PostgreSQL that stays awake.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
-from time import thread_time
 from typing import Final
 
 import psycopg
@@ -26,7 +26,7 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.scheduling import awake, work_of
+from pg_ferret.engine.scheduling import Work, work_of
 from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
 _MOST_WAITING: Final = 128
@@ -38,8 +38,8 @@ _MOST_CHEAP_SECONDS: Final = STALL_SECONDS / 2
 # they cost.
 _LONG_SECONDS: Final = 0.02
 # Where pages, in the mean of so many, take PostgreSQL more of a processor's time, nobody joins others: to wake it up
-# for each costs next to nothing then.  Nor where they take more time, and for less than such a part of it PostgreSQL
-# runs or waits for a processor, or this process does: it waits for a disk or a lock, and those behind it would wait.
+# for each costs next to nothing then.  Nor where they take it more time, and it runs or waits for a processor for less
+# than such a part of that: it waits for a disk or a lock, and those behind it would wait with it.
 LOOKED_AT: Final = 32
 _HEAVY_SECONDS: Final = 0.001
 _BUSY_PART: Final = 1 / 3
@@ -49,19 +49,15 @@ class PageLine(ReadLine):
     """The connection: a queue of pages."""
 
     _AWAY_SECONDS = 1.0
-    __slots__ = ("_awake", "_cpu", "_heavy", "_judged", "_ours", "_pages", "_queue", "_stretch", "_taken", "_work")
+    __slots__ = ("_heavy", "_ours", "_pages", "_queue", "_taken", "_work")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
         self._queue: deque[Waiting] = deque()  # the server is at the first one
         self._heavy = False  # whether nobody is to wait behind others
         self._pages = 0  # since their cost was last looked at
         self._taken = 0.0  # and how long they took
-        self._ours = 0.0  # and for how much of that this process has worked
-        self._cpu = 0.0  # what it had worked when the server began with the first one
-        self._judged, self._awake = thread_time(), awake()  # and when their cost was last looked at
-        self._stretch = 1.0  # how much longer than it works it is awake
         super().__init__(conn, loop, costs, owner)
-        self._work = work_of(self.pid)  # what PostgreSQL had done then
+        self._work, self._ours = work_of(self.pid), work_of(os.getpid())  # what both had done then
 
     def takes(self, read: Shared) -> bool:
         queue = self._queue
@@ -81,7 +77,6 @@ class PageLine(ReadLine):
         waiter: asyncio.Future[Row] = self._loop.create_future()
         if not self._queue:
             self._begin(self._loop.time(), 1)
-            self._cpu = thread_time()
             self._starts()
         self._queue.append((read, waiter))
         call, params, _, _ = read
@@ -130,13 +125,9 @@ class PageLine(ReadLine):
         read, _ = self._queue.popleft()
         now = self._loop.time()
         seconds = now - self._since
-        cpu = thread_time()
-        ours = cpu - self._cpu
-        self._cpu = cpu
         if seconds > SLOW_TIMES * self._costs.cheap_seconds or now - self._late > _LONG_SECONDS:
-            self._blame(read, now, ours)
+            self._blame(read, now)
         self._taken += seconds
-        self._ours += ours
         self._pages += 1
         if self._pages == LOOKED_AT:
             self._judge()
@@ -148,13 +139,16 @@ class PageLine(ReadLine):
         if self._leaving:
             self.retire()
 
-    def _blame(self, read: Shared, now: float, ours: float) -> None:
-        """A page was late: because of PostgreSQL, as far as can be told, or because this process had ``ours`` to do?"""
-        seconds = now - self._since - ours * self._stretch
-        before, after = self._work, work_of(self.pid)
-        if before is not None and after is not None:
-            # Both since the cost was last looked at: of the former no more than all of their time is the other pages'.
-            seconds = max(after.ran - before.ran - self._taken, seconds - (after.waited - before.waited))
+    def _blame(self, read: Shared, now: float) -> None:
+        """A page was late: did PostgreSQL take so long for it?"""
+        taken = now - self._since
+        seconds = taken - self._costs.lag.seconds
+        before, after, ours, ours_after = self._works()
+        if before and after and ours and ours_after:
+            # The other pages since these were looked at cannot have run for longer than they took; any of them may
+            # have waited.
+            waited = after.waited - before.waited + ours_after.waited - ours.waited
+            seconds = max(after.ran - before.ran - self._taken, seconds - waited * taken / (self._taken + taken))
         if seconds > self._late - self._since + _LONG_SECONDS:
             self._costs.keep_away(read.shape, now + self._AWAY_SECONDS)
         elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
@@ -162,22 +156,25 @@ class PageLine(ReadLine):
 
     def _judge(self) -> None:
         """Now and then, by what the last pages have cost: may others wait behind them, and how long is late?"""
-        cpu, whole = thread_time(), awake()
-        self._stretch = (whole - self._awake) / max(cpu - self._judged, 1e-6)
-        self._judged, self._awake = cpu, whole
-        mean, ours = self._taken / LOOKED_AT, self._ours / LOOKED_AT
+        self._costs.lag.look()
+        mean = self._taken / LOOKED_AT
         self._pages = 0
-        self._taken = self._ours = 0.0
-        before, now = self._work, work_of(self.pid)
-        self._work = now
+        self._taken = 0.0
+        before, after, ours, ours_after = self._works()
+        self._work, self._ours = after, ours_after
         heavy = mean > _HEAVY_SECONDS
-        if before is not None and now is not None:
-            ran = (now.ran - before.ran) / LOOKED_AT
-            waited = (now.waited - before.waited) / LOOKED_AT
-            heavy = ran > _HEAVY_SECONDS or (heavy and ran + waited + ours * self._stretch < _BUSY_PART * mean)
+        if before and after and ours and ours_after:
+            ran = (after.ran - before.ran) / LOOKED_AT
+            waited = (after.waited - before.waited) / LOOKED_AT
+            theirs = mean - self._costs.lag.seconds - (ours_after.waited - ours.waited) / LOOKED_AT
+            heavy = ran > _HEAVY_SECONDS or (theirs > _HEAVY_SECONDS and ran + waited < _BUSY_PART * theirs)
         self._heavy = heavy
         late = CHEAP_SECONDS if heavy else _CHEAP_TIMES * mean
         self._costs.cheap_seconds = min(max(CHEAP_SECONDS, late), _MOST_CHEAP_SECONDS)
+
+    def _works(self) -> tuple[Work | None, ...]:
+        """What PostgreSQL had done when the cost was last looked at, and has done by now; the same of this process."""
+        return self._work, work_of(self.pid), self._ours, work_of(os.getpid())
 
     def _clear(self) -> list[Waiting]:
         waiting = list(self._queue)[self._answered :]

@@ -26,7 +26,7 @@ from pg_ferret.engine.pipeline import (
 )
 from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
-# More than that would be a batch whose first one waits long for its answer.
+# Reads that may come in one turn, with the batches before.
 _MOST_WAITING: Final = 512
 
 

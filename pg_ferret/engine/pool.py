@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import structlog
 
 from pg_ferret.engine.backend import Backend, Lender
-from pg_ferret.engine.calls import FALSE, FLUSH_COMMITS, GET_MORE, TRUE, Call
+from pg_ferret.engine.calls import FALSE, FIND_AS_EVER, FLUSH_COMMITS, GET_MORE, TRUE, Call
 from pg_ferret.engine.commits import Committed, unknown
 from pg_ferret.engine.duties import Duties, Duty
 from pg_ferret.engine.leftovers import Leftovers
@@ -37,6 +37,8 @@ _CLOSE_SECONDS = 0.5
 # How long a request waits for the launcher to install the engine, which takes half a second on a new server.
 _INSTALLING_SECONDS = 5.0
 _SHORTAGE_LOG_SECONDS = 5.0
+# Calls that are not named as the command that makes them.
+_NAMES = {GET_MORE: "getMore", FIND_AS_EVER: "find"}
 _log = structlog.get_logger()
 
 
@@ -223,6 +225,8 @@ class Pool:
 
     async def _measure(self, lines: Reads, read: Shared) -> Row:
         watch = Stopwatch()
+        lag = lines.costs.lag
+        lag.look()
         if self._idle:
             backend = self._idle.pop()
             watch.start(backend.pid)
@@ -237,7 +241,8 @@ class Pool:
         if large or (lines is self.finds and row[1] is not None):  # it opens a cursor
             lines.costs.keep_away(read.shape, now)
         else:
-            lines.costs.note(read.shape, watch.seconds(), now)
+            lag.look()
+            lines.costs.note(read.shape, watch.seconds(lag.seconds), now)
         if lines.due:
             self._want(lines)
         return row
@@ -275,7 +280,7 @@ class Pool:
             backend = self._backend(line.connection)
             backend.abandon()
             self._all.add(backend)
-            command = "getMore" if request.call is GET_MORE else request.call.name.decode()
+            command = _NAMES.get(request.call) or request.call.name.decode()
             self._spawn(self._recover(backend, f"{command} {request.namespace.decode('utf-8', 'replace')}"))
 
     def _backend(self, connection: Session) -> Backend:

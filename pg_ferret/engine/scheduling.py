@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from time import monotonic, thread_time
@@ -21,6 +22,10 @@ def schedule(pid: int, *, batch: bool) -> None:
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(pid) == now:
             os.sched_setscheduler(pid, wanted, os.sched_param(0))
+
+
+# How much of the longest turn of the loop is left when the next one is seen.
+_FADES = 0.99
 
 
 class Work(NamedTuple):
@@ -48,36 +53,55 @@ def work_of(pid: int) -> Work | None:
     return Work(ran * 1e-9, waited * 1e-9) if ran else None
 
 
+class Lag:
+    """For how long an answer may lie in its socket before this process reads it: one turn of its event loop.
+
+    A process that is busy is not late for that, if its turns are short.
+    """
+
+    __slots__ = ("_looking", "_loop", "_since", "seconds")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._looking = False
+        self._since = 0.0
+        self.seconds = 0.0  # of the longest of the last turns, as far as they have been seen
+
+    def look(self) -> None:
+        """See how long the rest of this turn takes."""
+        if not self._looking:
+            self._looking = True
+            self._since = monotonic()
+            self._loop.call_soon(self._seen)
+
+    def _seen(self) -> None:
+        self._looking = False
+        self.seconds = max(monotonic() - self._since, self.seconds * _FADES)
+
+
 class Stopwatch:
     """How long PostgreSQL takes for something: the time it works, and what it waits for a disk or a lock.
 
-    On a slow or busy machine most of the time passes otherwise, and says nothing of what was asked for: PostgreSQL
-    waits for a processor, or its answer waits until this process comes to read it.  The latter can be told from a disk
-    only while this process sleeps, so whoever has been busy all the time learns of no disk.
+    On a slow or busy machine most of the time passes otherwise, and says nothing of what was asked for: PostgreSQL or
+    this process waits for a processor, or the answer lies there until this process comes to read it.
     """
 
-    __slots__ = ("_awake", "_began", "_pid", "_work")
+    __slots__ = ("_began", "_cpu", "_ours", "_pid", "_work")
 
     def start(self, pid: int) -> None:
         """It begins now, in process ``pid``."""
         self._pid = pid
-        self._work = work_of(pid)
-        self._awake = awake()
+        self._work, self._ours = work_of(pid), work_of(os.getpid())
+        self._cpu = thread_time()
         self._began = monotonic()
 
-    def seconds(self) -> float:
-        """From the start until now."""
+    def seconds(self, lag: float) -> float:
+        """From the start until now, when an answer is read that may have come so much earlier."""
         taken = monotonic() - self._began
-        before, after = self._work, work_of(self._pid)
-        if before is None or after is None:
+        before, ours = self._work, self._ours
+        after, ours_after = work_of(self._pid), work_of(os.getpid())
+        if before is None or after is None or ours is None or ours_after is None:
             return taken
         ran = after.ran - before.ran
-        asleep = taken - ran - (after.waited - before.waited)
-        return ran + max(0.0, asleep - (awake() - self._awake))
-
-
-def awake() -> float:
-    """For how long this process has not slept so far, in seconds."""
-    work = work_of(os.getpid())
-    # What a process has run is accounted for when it is interrupted: not up to now, if it is this one.
-    return thread_time() + (0.0 if work is None else work.waited)
+        waited = after.waited - before.waited + ours_after.waited - ours.waited
+        return ran + max(0.0, taken - ran - waited - min(lag, thread_time() - self._cpu))

@@ -218,7 +218,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "getMore": {  # 1181
+    "getMore": {  # 1161
         "commands/arguments.py:Namespace.read": 15,
         "commands/cursors.py:get_more": 169,
         "connection.py:Connection._receive": 42,
@@ -229,10 +229,10 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/calls.py:streams": 11,
         "engine/crowd.py:Crowd.meets": 30,
         "engine/lines.py:Line._starts": 12,
-        "engine/pages.py:PageLine._finish": 81,
+        "engine/pages.py:PageLine._finish": 65,
         "engine/pages.py:PageLine._judge": 3,
         "engine/pages.py:PageLine._take": 95,
-        "engine/pages.py:PageLine.add": 51,
+        "engine/pages.py:PageLine.add": 47,
         "engine/pages.py:PageLine.takes": 29,
         "engine/pipeline.py:Pipeline._add_call": 18,
         "engine/pipeline.py:Pipeline._readable": 85,

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any, cast
 
 import pytest
 
 from dev.cluster import wait_for
-from pg_ferret.engine.scheduling import Stopwatch, Work, schedule, work_of
+from pg_ferret.engine.scheduling import Lag, Stopwatch, Work, schedule, work_of
+from tests.unit.fake_line import Loop
 
 
 @pytest.fixture
@@ -66,26 +68,31 @@ _ITS, _OURS = 1, os.getpid()
 
 
 @pytest.mark.parametrize(
-    ("ran", "waited", "awake", "seconds"),
+    ("its", "ours", "lag", "seconds"),
     [
-        (0.1, 0.0, 0.0, 1.0),  # the rest it has slept
-        (0.1, 0.6, 0.0, 0.4),
-        (0.1, 0.6, 0.2, 0.2),
-        (0.1, 0.6, 0.9, 0.1),  # at the same time
-        (0.9, 0.1, 1.0, 0.9),
+        (Work(0.1, 0.0), Work(0.0, 0.0), 0.0, 1.0),  # the rest it has slept
+        (Work(0.1, 0.6), Work(0.0, 0.0), 0.0, 0.4),
+        (Work(0.1, 0.6), Work(0.0, 0.1), 0.0, 0.3),
+        (Work(0.1, 0.6), Work(0.2, 0.1), 0.05, 0.25),  # this process was busy, but hardly late
+        (Work(0.1, 0.6), Work(0.2, 0.1), 0.5, 0.1),
+        (Work(0.1, 0.6), Work(0.0, 0.0), 0.5, 0.4),  # it cannot have been late
+        (Work(0.9, 0.1), Work(1.0, 0.0), 1.0, 0.9),
     ],
 )
 def test_what_it_waits_for_a_processor_and_its_answer_for_us_does_not_count(
-    monkeypatch: pytest.MonkeyPatch, ran: float, waited: float, awake: float, seconds: float
+    monkeypatch: pytest.MonkeyPatch, its: Work, ours: Work, lag: float, seconds: float
 ) -> None:
-    works = {_ITS: [Work(1.0, 2.0), Work(1.0 + ran, 2.0 + waited)], _OURS: [Work(7.0, 3.0), Work(7.0, 3.0 + awake / 2)]}
-    times = {"monotonic": [5.0, 6.0], "thread_time": [0.0, awake / 2]}
+    works = {
+        _ITS: [Work(1.0, 2.0), Work(1.0 + its.ran, 2.0 + its.waited)],
+        _OURS: [Work(7.0, 3.0), Work(7.0, 3.0 + ours.waited)],
+    }
+    times = {"monotonic": [5.0, 6.0], "thread_time": [4.0, 4.0 + ours.ran]}
     monkeypatch.setattr("pg_ferret.engine.scheduling.work_of", lambda pid: works[pid].pop(0))
     for clock, readings in times.items():
         monkeypatch.setattr(f"pg_ferret.engine.scheduling.{clock}", partial(readings.pop, 0))
     watch = Stopwatch()
     watch.start(_ITS)
-    assert watch.seconds() == pytest.approx(seconds)
+    assert watch.seconds(lag) == pytest.approx(seconds)
 
 
 def test_without_an_account_all_of_the_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +101,7 @@ def test_without_an_account_all_of_the_time_counts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pg_ferret.engine.scheduling.monotonic", lambda: times.pop(0))
     watch = Stopwatch()
     watch.start(_ITS)
-    assert watch.seconds() == 1.0
+    assert watch.seconds(1.0) == 1.0
 
 
 def test_a_process_that_sleeps_counts_and_our_own_work_does_not(pid: int) -> None:
@@ -104,6 +111,25 @@ def test_a_process_that_sleeps_counts_and_our_own_work_does_not(pid: int) -> Non
     began, until = time.monotonic(), time.thread_time() + 0.2
     while time.thread_time() < until:
         pass
-    assert watch.seconds() < (time.monotonic() - began) / 2
+    assert watch.seconds(1.0) < (time.monotonic() - began) / 2
+    assert watch.seconds(0.0) > 0.1
     watch.start(pid)
-    wait_for(lambda: watch.seconds() > 0.1)
+    wait_for(lambda: watch.seconds(1.0) > 0.1)
+
+
+def test_a_lag_is_the_rest_of_a_turn_and_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop()
+    now = 5.0
+    monkeypatch.setattr("pg_ferret.engine.scheduling.monotonic", lambda: now)
+    lag = Lag(cast(Any, loop))
+    for turn, longest in ((0.01, 0.01), (0.5, 0.5), (0.01, 0.495)):
+        lag.look()
+        now += turn / 2
+        lag.look()  # which is too late to see all of it
+        now += turn / 2
+        loop.run()
+        assert lag.seconds == pytest.approx(longest)
+    for _ in range(1000):
+        lag.look()
+        loop.run()
+    assert lag.seconds < 0.01

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any, cast
 
 import pytest
 
 from pg_ferret.engine.backend import Backend, Lender
-from pg_ferret.engine.calls import AGGREGATE, FIND, GET_MORE, Call
+from pg_ferret.engine.calls import AGGREGATE, FIND, FIND_AS_EVER, GET_MORE, Call
 from pg_ferret.engine.costs import CHEAP_SECONDS, Costs
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pages import LOOKED_AT, PageLine
 from pg_ferret.engine.pipeline import LARGE_BYTES, Row
 from pg_ferret.engine.points import PointLine
-from pg_ferret.engine.scheduling import Work
+from pg_ferret.engine.scheduling import Lag, Work
 from pg_ferret.engine.shared import Reads
 from pg_ferret.errors import EngineError, EngineLostError
 from tests.turns import settle
@@ -39,10 +40,11 @@ class Stage:
             lambda _, read: self.stalled.append(read),
             lambda _, row: self.unclaimed.append(row),
         )
-        self.costs = costs = Costs()
+        self.lag = Lag(cast(Any, self.loop))
+        self.costs = costs = Costs(self.lag)
         for shape in (_SHAPE, _OTHER_SHAPE):
             costs.note(shape, 0.0, 0.0)
-        self.server.prepared_names |= {AGGREGATE.name, FIND.name, GET_MORE.name}
+        self.server.prepared_names |= {AGGREGATE.name, FIND.name, FIND_AS_EVER.name, GET_MORE.name}
         line = PointLine if together else PageLine
         self.line = line(cast(Any, self.server), cast(Any, self.loop), costs, owner)
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
@@ -179,9 +181,11 @@ def test_who_waits_when_the_connection_ends_is_told(together: bool) -> None:
 @pytest.mark.parametrize("together", [True, False])
 def test_a_line_has_only_so_much_room(together: bool) -> None:
     stage = Stage(together=together)
-    for _ in range(600):
-        stage.line.add(stage.reads[0])
-    assert stage.line.full
+    room = 511 if together else 124  # a batch of four is under way, or four pages
+    for number in range(room + 1):
+        assert stage.line.full == (number == room)
+        if number < room:
+            stage.line.add(stage.reads[0])
     assert not stage.line.takes(stage.reads[0])
     assert not stage.line.may_take(stage.reads[0])
 
@@ -206,7 +210,8 @@ def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
     stage.costs.note(slow.shape, 1.0, 0.0)
     stage.loop.run(STALL_SECONDS * 0.9)  # late
     assert asyncio.isfuture(lines.share(stage.reads[0]))
-    assert asyncio.isfuture(lines.share(unknown))
+    for call in (FIND, FIND_AS_EVER, GET_MORE):
+        assert asyncio.isfuture(lines.share(unknown._replace(call=call)))
     aggregation = unknown._replace(call=AGGREGATE)
     for read in (slow, aggregation):
         asyncio.run(cast(Any, lines.share(read)))
@@ -286,25 +291,26 @@ def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere()
     assert stage.server.prepared_names == {GET_MORE.name}
 
 
-_NOTHING = Work(0.0, 0.0)
-
-
 class Kernel:
-    """What it says of PostgreSQL and of this process: how long each runs for a page, and waits for a processor."""
+    """What it says: for how long PostgreSQL runs for a page and waits for a processor, and this process waits for one.
 
-    def __init__(self, ran: float, waited: float = 0.0, ours: Work = _NOTHING) -> None:
+    And how long a turn of the loop takes, which the kernel does not say.
+    """
+
+    def __init__(self, ran: float, waited: float = 0.0, ours: float = 0.0, lag: float = 0.0) -> None:
         self.each = Work(ran, waited)
         self.ours = ours
+        self.lag = lag
         self._all = self._all_ours = Work(1.0, 1.0)
 
     def page(self) -> None:
         self._all = Work(self._all.ran + self.each.ran, self._all.waited + self.each.waited)
-        self._all_ours = Work(self._all_ours.ran + self.ours.ran, self._all_ours.waited + self.ours.waited)
+        self._all_ours = Work(1.0, self._all_ours.waited + self.ours)
 
     def speak(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pg_ferret.engine.pages.work_of", lambda _: self._all)
-        monkeypatch.setattr("pg_ferret.engine.pages.thread_time", lambda: self._all_ours.ran)
-        monkeypatch.setattr("pg_ferret.engine.pages.awake", lambda: sum(self._all_ours))
+        monkeypatch.setattr(
+            "pg_ferret.engine.pages.work_of", lambda pid: self._all_ours if pid == os.getpid() else self._all
+        )
 
 
 def pages(stage: Stage, seconds: float, kernel: Kernel | None = None) -> bool:
@@ -313,6 +319,7 @@ def pages(stage: Stage, seconds: float, kernel: Kernel | None = None) -> bool:
     for _ in range(10 * LOOKED_AT):
         if kernel is not None:
             kernel.page()
+            stage.lag.seconds = kernel.lag
         page(stage, seconds)
         stage.line.add(read)
     stage.costs.note(read.shape, 0.0, stage.loop.now + 2.0)
@@ -329,9 +336,10 @@ def pages(stage: Stage, seconds: float, kernel: Kernel | None = None) -> bool:
         (Kernel(0.0003), 0.0009, True),
         (Kernel(0.0003, 0.0005), 0.002, True),  # it waits for a processor, and the loop looks late
         (Kernel(0.0003, 0.0195), 0.02, True),
-        (Kernel(0.0003, 0.0, Work(0.0001, 0.0)), 0.002, False),
-        (Kernel(0.0003, 0.0, Work(0.0005, 0.0)), 0.002, True),  # this process has much to do
-        (Kernel(0.0003, 0.0, Work(0.0002, 0.0003)), 0.002, True),  # or it waits for a processor itself
+        (Kernel(0.0003, 0.0, 0.0002), 0.002, False),
+        (Kernel(0.0003, 0.0, 0.0015), 0.002, True),  # this process waits for a processor
+        (Kernel(0.0003, 0.0, 0.0, 0.0015), 0.002, True),  # or is late to read the answer
+        (Kernel(0.0003, 0.0, 0.0, 0.0015), 0.007, False),  # as late as that it is not
     ],
 )
 def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
@@ -402,38 +410,48 @@ def test_pages_of_which_one_took_long_stay_away_for_a_while() -> None:
         assert (_SHAPE in stage.costs.cheap, stage.costs.slow(_SHAPE)) == (cheap, not cheap)
 
 
+_NOT, _SLOW, _LONG = range(3)
+
+
+@pytest.mark.parametrize("before", [0, 16, LOOKED_AT - 1])
 @pytest.mark.parametrize(
-    ("of_the_page", "slow", "long"),
+    ("of_the_page", "seconds", "away"),
     [
-        (Kernel(0.03), True, True),
-        (Kernel(0.03, 0.0, Work(0.03, 0.0)), True, True),
-        (Kernel(0.001), True, True),  # it sleeps
-        (Kernel(0.001, 0.01), True, False),
-        (Kernel(0.001, 0.025), False, False),  # it waits for a processor
-        (Kernel(0.001, 0.0, Work(0.01, 0.0)), True, False),
-        (Kernel(0.001, 0.0, Work(0.025, 0.0)), False, False),  # its answer waits for this process
-        (Kernel(0.001, 0.0, Work(0.012, 0.012)), False, False),  # which waits for a processor
-        (Kernel(0.001, 0.01, Work(0.01, 0.01)), False, False),
+        (Kernel(0.03), 0.03, _LONG),
+        (Kernel(0.03, 0.0, 0.0, 0.03), 0.03, _LONG),
+        (Kernel(0.001), 0.03, _LONG),  # it sleeps
+        (Kernel(0.001), 0.012, _SLOW),
+        (Kernel(0.001), 0.007, _NOT),
+        (Kernel(0.001, 0.015), 0.03, _SLOW),
+        (Kernel(0.001, 0.029), 0.03, _NOT),  # it waits for a processor
+        (Kernel(0.001, 0.0, 0.015), 0.03, _SLOW),
+        (Kernel(0.001, 0.0, 0.029), 0.03, _NOT),  # this process does
+        (Kernel(0.001, 0.0, 0.0, 0.015), 0.03, _SLOW),
+        (Kernel(0.001, 0.0, 0.0, 0.025), 0.03, _NOT),  # it is late to read the answer
+        (Kernel(0.001, 0.01, 0.01, 0.008), 0.03, _NOT),
     ],
 )
 def test_only_what_postgresql_takes_long_for_stays_away(
-    monkeypatch: pytest.MonkeyPatch, of_the_page: Kernel, slow: bool, long: bool
+    monkeypatch: pytest.MonkeyPatch, of_the_page: Kernel, seconds: float, away: int, before: int
 ) -> None:
-    before = of_the_page.ours
-    kernel = Kernel(0.0003, 0.0, Work(before.ran and 0.0001, before.waited and 0.0001))
+    kernel = Kernel(0.0003)
     kernel.speak(monkeypatch)
     stage = Stage(GET_MORE, together=False)
     assert pages(stage, 0.0003, kernel)
-    kernel.each, kernel.ours = of_the_page.each, before
+    for _ in range(before):
+        kernel.page()
+        page(stage, 0.0003)
+        stage.line.add(stage.reads[0])
+    kernel.each, kernel.ours, stage.lag.seconds = of_the_page.each, of_the_page.ours, of_the_page.lag
     kernel.page()
-    page(stage, 0.03)
-    assert stage.costs.slow(_SHAPE) == slow
+    page(stage, seconds)
+    assert stage.costs.slow(_SHAPE) == (away != _NOT)
     stage.costs.note(_SHAPE, 0.0, stage.loop.now + 0.9)
-    assert stage.costs.slow(_SHAPE) == long
+    assert stage.costs.slow(_SHAPE) == (away == _LONG)
 
 
 def test_a_slow_read_stays_away_until_one_is_cheap() -> None:
-    costs = Costs()
+    costs = Costs(Lag(cast(Any, Loop())))
     for seconds, cheap in ((0.005, False), (0.003, True), (0.005, False), (0.005, False), (0.003, True)):
         costs.note(_SHAPE, seconds, 0.0)
         assert (_SHAPE in costs.cheap, costs.slow(_SHAPE)) == (cheap, not cheap)
