@@ -24,8 +24,8 @@ def schedule(pid: int, *, batch: bool) -> None:
             os.sched_setscheduler(pid, wanted, os.sched_param(0))
 
 
-# How much of the longest turn of the loop is left when the next one is seen.
-_FADES = 0.99
+# The longest turn of the loop is remembered for once or twice as long.
+_SPAN_SECONDS = 0.25
 
 
 class Work(NamedTuple):
@@ -59,12 +59,14 @@ class Lag:
     A process that is busy is not late for that, if its turns are short.
     """
 
-    __slots__ = ("_looking", "_loop", "_since", "seconds")
+    __slots__ = ("_before", "_longest", "_looking", "_loop", "_since", "_until", "seconds")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._looking = False
         self._since = 0.0
+        self._until = 0.0  # the end of this span
+        self._longest = self._before = 0.0  # in this span, and in the one before
         self.seconds = 0.0  # of the longest of the last turns, as far as they have been seen
 
     def look(self) -> None:
@@ -76,7 +78,13 @@ class Lag:
 
     def _seen(self) -> None:
         self._looking = False
-        self.seconds = max(monotonic() - self._since, self.seconds * _FADES)
+        now = monotonic()
+        if now >= self._until:
+            self._before = self._longest if now < self._until + _SPAN_SECONDS else 0.0
+            self._longest = 0.0
+            self._until = now + _SPAN_SECONDS
+        self._longest = max(self._longest, now - self._since)
+        self.seconds = max(self._longest, self._before)
 
 
 class Stopwatch:
