@@ -15,12 +15,13 @@ _MOST_SHAPES: Final = 10_000
 class Costs:
     """Which shapes of reads have been cheap lately.  Times are the loop's."""
 
-    __slots__ = ("_slow", "cheap", "cheap_seconds", "lag")
+    __slots__ = ("_slow", "cheap", "cheap_seconds", "lag", "late_seconds")
 
     def __init__(self, lag: Lag) -> None:
-        self.cheap_seconds = CHEAP_SECONDS  # how long a read may take
+        self.cheap_seconds = CHEAP_SECONDS  # how long a read may take PostgreSQL
+        self.late_seconds = CHEAP_SECONDS  # and how long it may be until we have the answer
         self.cheap: set[int] = set()  # the shapes whose last read was cheap; those never seen are not
-        self.lag = lag  # which is not what reads cost
+        self.lag = lag  # how late we may read an answer
         self._slow: dict[int, float] = {}  # shape -> from when on one that is cheap will do
 
     def slow(self, shape: int) -> bool:

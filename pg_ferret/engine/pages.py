@@ -49,13 +49,15 @@ class PageLine(ReadLine):
     """The connection: a queue of pages."""
 
     _AWAY_SECONDS = 1.0
-    __slots__ = ("_heavy", "_ours", "_pages", "_queue", "_taken", "_work")
+    __slots__ = ("_dry", "_heavy", "_judged", "_ours", "_pages", "_queue", "_taken", "_work")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
         self._queue: deque[Waiting] = deque()  # the server is at the first one
         self._heavy = False  # whether nobody is to wait behind others
         self._pages = 0  # since their cost was last looked at
         self._taken = 0.0  # and how long they took
+        self._dry = 0  # and before how many of them nobody was there
+        self._judged = loop.time()
         super().__init__(conn, loop, costs, owner)
         self._work, self._ours = work_of(self.pid), work_of(os.getpid())  # what both had done then
 
@@ -77,6 +79,7 @@ class PageLine(ReadLine):
         waiter: asyncio.Future[Row] = self._loop.create_future()
         if not self._queue:
             self._begin(self._loop.time(), 1)
+            self._dry += 1
             self._starts()
         self._queue.append((read, waiter))
         call, params, _, _ = read
@@ -147,8 +150,9 @@ class PageLine(ReadLine):
         if before and after and ours and ours_after:
             # The other pages since these were looked at cannot have run for longer than they took; any of them may
             # have waited.
-            waited = after.waited - before.waited + ours_after.waited - ours.waited
-            seconds = max(after.ran - before.ran - self._taken, seconds - waited * taken / (self._taken + taken))
+            waited = (after.waited - before.waited) * taken / (self._taken + taken)
+            waited += (ours_after.waited - ours.waited) * taken / max(now - self._judged, taken)
+            seconds = max(after.ran - before.ran - self._taken, seconds - waited)
         if seconds > self._late - self._since + _LONG_SECONDS:
             self._costs.keep_away(read.shape, now + self._AWAY_SECONDS)
         elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
@@ -157,20 +161,24 @@ class PageLine(ReadLine):
     def _judge(self) -> None:
         """Now and then, by what the last pages have cost: may others wait behind them, and how long is late?"""
         self._costs.lag.look()
+        now = self._loop.time()
         mean = self._taken / LOOKED_AT
-        self._pages = 0
-        self._taken = 0.0
         before, after, ours, ours_after = self._works()
-        self._work, self._ours = after, ours_after
-        heavy = mean > _HEAVY_SECONDS
+        # While others wait behind it, nobody is late for a page: PostgreSQL goes on.
+        theirs = mean - self._costs.lag.seconds * self._dry / LOOKED_AT
+        heavy = theirs > _HEAVY_SECONDS
         if before and after and ours and ours_after:
             ran = (after.ran - before.ran) / LOOKED_AT
             waited = (after.waited - before.waited) / LOOKED_AT
-            theirs = mean - self._costs.lag.seconds - (ours_after.waited - ours.waited) / LOOKED_AT
+            theirs -= (ours_after.waited - ours.waited) * mean / max(now - self._judged, self._taken)
             heavy = ran > _HEAVY_SECONDS or (theirs > _HEAVY_SECONDS and ran + waited < _BUSY_PART * theirs)
+        self._pages = self._dry = 0
+        self._taken = 0.0
+        self._judged = now
+        self._work, self._ours = after, ours_after
         self._heavy = heavy
-        late = CHEAP_SECONDS if heavy else _CHEAP_TIMES * mean
-        self._costs.cheap_seconds = min(max(CHEAP_SECONDS, late), _MOST_CHEAP_SECONDS)
+        self._costs.cheap_seconds = CHEAP_SECONDS if heavy else _limit(theirs)
+        self._costs.late_seconds = CHEAP_SECONDS if heavy else _limit(mean)
 
     def _works(self) -> tuple[Work | None, ...]:
         """What PostgreSQL had done when the cost was last looked at, and has done by now; the same of this process."""
@@ -180,3 +188,8 @@ class PageLine(ReadLine):
         waiting = list(self._queue)[self._answered :]
         self._queue.clear()
         return waiting
+
+
+def _limit(mean: float) -> float:
+    """What is cheap, or not yet late, where pages take so many seconds in the mean."""
+    return min(max(CHEAP_SECONDS, _CHEAP_TIMES * mean), _MOST_CHEAP_SECONDS)

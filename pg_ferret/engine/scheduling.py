@@ -56,7 +56,8 @@ def work_of(pid: int) -> Work | None:
 class Lag:
     """For how long an answer may lie in its socket before this process reads it: one turn of its event loop.
 
-    A process that is busy is not late for that, if its turns are short.
+    A process that is busy is not late for that, if its turns are short.  What it waits for a processor comes on top of
+    that.
     """
 
     __slots__ = ("_before", "_longest", "_looking", "_loop", "_since", "_until", "seconds")
@@ -67,13 +68,13 @@ class Lag:
         self._since = 0.0
         self._until = 0.0  # the end of this span
         self._longest = self._before = 0.0  # in this span, and in the one before
-        self.seconds = 0.0  # of the longest of the last turns, as far as they have been seen
+        self.seconds = 0.0  # that it worked in the longest turn of these, as far as turns have been seen
 
     def look(self) -> None:
-        """See how long the rest of this turn takes."""
+        """See for how long it works in the rest of this turn."""
         if not self._looking:
             self._looking = True
-            self._since = monotonic()
+            self._since = thread_time()
             self._loop.call_soon(self._seen)
 
     def _seen(self) -> None:
@@ -83,7 +84,7 @@ class Lag:
             self._before = self._longest if now < self._until + _SPAN_SECONDS else 0.0
             self._longest = 0.0
             self._until = now + _SPAN_SECONDS
-        self._longest = max(self._longest, now - self._since)
+        self._longest = max(self._longest, thread_time() - self._since)
         self.seconds = max(self._longest, self._before)
 
 

@@ -90,7 +90,7 @@ class ReadLine(Line):
     def _begin(self, now: float, count: int) -> None:
         """The server begins with so many."""
         self._since = now
-        self._late = now + self._costs.cheap_seconds + count * _EACH_SECONDS
+        self._late = now + self._costs.late_seconds + count * _EACH_SECONDS
 
     def _fail(self, result: pq.abc.PGresult) -> None:
         """A read is refused."""

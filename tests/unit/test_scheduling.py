@@ -120,7 +120,8 @@ def test_a_process_that_sleeps_counts_and_our_own_work_does_not(pid: int) -> Non
 def test_a_lag_is_the_rest_of_the_longest_turn_and_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop()
     now = 5.0
-    monkeypatch.setattr("pg_ferret.engine.scheduling.monotonic", lambda: now)
+    for clock in ("monotonic", "thread_time"):
+        monkeypatch.setattr(f"pg_ferret.engine.scheduling.{clock}", lambda: now)
     lag = Lag(cast(Any, loop))
     for pause, turn, longest in (
         (0.0, 0.01, 0.01),

@@ -338,8 +338,6 @@ def pages(stage: Stage, seconds: float, kernel: Kernel | None = None) -> bool:
         (Kernel(0.0003, 0.0195), 0.02, True),
         (Kernel(0.0003, 0.0, 0.0002), 0.002, False),
         (Kernel(0.0003, 0.0, 0.0015), 0.002, True),  # this process waits for a processor
-        (Kernel(0.0003, 0.0, 0.0, 0.0015), 0.002, True),  # or is late to read the answer
-        (Kernel(0.0003, 0.0, 0.0, 0.0015), 0.007, False),  # as late as that it is not
     ],
 )
 def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
@@ -355,6 +353,42 @@ def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
     while stage.line.busy:
         page(stage, seconds)
     assert stage.line.takes(stage.reads[0])  # nobody is there
+
+
+@pytest.mark.parametrize(("seconds", "behind", "joins"), [(0.002, 0, True), (0.002, 1, False), (0.007, 0, False)])
+def test_a_page_may_be_read_a_turn_late_while_nobody_waits_behind_it(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, behind: int, joins: bool
+) -> None:
+    kernel = Kernel(0.0003, 0.0, 0.0, 0.0015)
+    kernel.speak(monkeypatch)
+    stage = Stage(GET_MORE, together=False)
+    for _ in range(len(stage.reads) - behind):
+        page(stage, 0.0)
+    stage.lag.seconds = kernel.lag
+    for _ in range(2 * LOOKED_AT):
+        stage.line.add(stage.reads[0])
+        kernel.page()
+        page(stage, seconds)
+    assert stage.loop.soon  # it looks for how long a turn takes
+    stage.line.add(stage.reads[0])
+    assert stage.line.takes(stage.reads[0]) == joins
+
+
+def test_what_this_process_waited_while_nobody_was_there_excuses_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(0.0003)
+    kernel.speak(monkeypatch)
+    stage = Stage(GET_MORE, together=False)
+    pages(stage, 0.0003, kernel)
+    while stage.line.busy:
+        page(stage, 0.0)
+    kernel.ours = 1.0
+    kernel.page()
+    stage.loop.now += 10.0
+    kernel.ours = 0.0
+    stage.line.add(stage.reads[0])
+    kernel.page()
+    page(stage, 0.06)
+    assert stage.costs.slow(_SHAPE)
 
 
 def test_they_do_again_when_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
