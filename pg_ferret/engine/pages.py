@@ -7,7 +7,6 @@ PostgreSQL that stays awake.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from typing import Final
 
@@ -26,7 +25,7 @@ from pg_ferret.engine.pipeline import (
     Row,
     Session,
 )
-from pg_ferret.engine.scheduling import Work, work_of
+from pg_ferret.engine.scheduling import Account
 from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
 
 _MOST_WAITING: Final = 128
@@ -49,7 +48,7 @@ class PageLine(ReadLine):
     """The connection: a queue of pages."""
 
     _AWAY_SECONDS = 1.0
-    __slots__ = ("_dry", "_heavy", "_judged", "_ours", "_pages", "_queue", "_taken", "_work")
+    __slots__ = ("_account", "_dry", "_heavy", "_judged", "_pages", "_queue", "_taken")
 
     def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
         self._queue: deque[Waiting] = deque()  # the server is at the first one
@@ -59,7 +58,7 @@ class PageLine(ReadLine):
         self._dry = 0  # and before how many of them nobody was there
         self._judged = loop.time()
         super().__init__(conn, loop, costs, owner)
-        self._work, self._ours = work_of(self.pid), work_of(os.getpid())  # what both had done then
+        self._account = Account(self.pid)  # since then
 
     def takes(self, read: Shared) -> bool:
         queue = self._queue
@@ -146,13 +145,12 @@ class PageLine(ReadLine):
         """A page was late: did PostgreSQL take so long for it?"""
         taken = now - self._since
         seconds = taken - self._costs.lag.seconds
-        before, after, ours, ours_after = self._works()
-        if before and after and ours and ours_after:
+        if (done := self._account.done()) is not None:
             # The other pages since these were looked at cannot have run for longer than they took; any of them may
             # have waited.
-            waited = (after.waited - before.waited) * taken / (self._taken + taken)
-            waited += (ours_after.waited - ours.waited) * taken / max(now - self._judged, taken)
-            seconds = max(after.ran - before.ran - self._taken, seconds - waited)
+            waited = done.waited * taken / (self._taken + taken)
+            waited += done.ours_waited * taken / max(now - self._judged, taken)
+            seconds = max(done.ran - self._taken, seconds - waited)
         if seconds > self._late - self._since + _LONG_SECONDS:
             self._costs.keep_away(read.shape, now + self._AWAY_SECONDS)
         elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
@@ -163,26 +161,19 @@ class PageLine(ReadLine):
         self._costs.lag.look()
         now = self._loop.time()
         mean = self._taken / LOOKED_AT
-        before, after, ours, ours_after = self._works()
         # While others wait behind it, nobody is late for a page: PostgreSQL goes on.
         theirs = mean - self._costs.lag.seconds * self._dry / LOOKED_AT
         heavy = theirs > _HEAVY_SECONDS
-        if before and after and ours and ours_after:
-            ran = (after.ran - before.ran) / LOOKED_AT
-            waited = (after.waited - before.waited) / LOOKED_AT
-            theirs -= (ours_after.waited - ours.waited) * mean / max(now - self._judged, self._taken)
+        if (done := self._account.done(anew=True)) is not None:
+            ran, waited = done.ran / LOOKED_AT, done.waited / LOOKED_AT
+            theirs -= done.ours_waited * mean / max(now - self._judged, self._taken)
             heavy = ran > _HEAVY_SECONDS or (theirs > _HEAVY_SECONDS and ran + waited < _BUSY_PART * theirs)
         self._pages = self._dry = 0
         self._taken = 0.0
         self._judged = now
-        self._work, self._ours = after, ours_after
         self._heavy = heavy
         self._costs.cheap_seconds = CHEAP_SECONDS if heavy else _limit(theirs)
         self._costs.late_seconds = CHEAP_SECONDS if heavy else _limit(mean)
-
-    def _works(self) -> tuple[Work | None, ...]:
-        """What PostgreSQL had done when the cost was last looked at, and has done by now; the same of this process."""
-        return self._work, work_of(self.pid), self._ours, work_of(os.getpid())
 
     def _clear(self) -> list[Waiting]:
         waiting = list(self._queue)[self._answered :]

@@ -8,6 +8,9 @@ import os
 from time import monotonic, thread_time
 from typing import NamedTuple
 
+# The longest turn of the loop is remembered for once or twice as long.
+_SPAN_SECONDS = 0.25
+
 
 def schedule(pid: int, *, batch: bool) -> None:
     """Have process ``pid`` (0: this one) scheduled as batch work, or ordinarily again; see sched(7).
@@ -22,10 +25,6 @@ def schedule(pid: int, *, batch: bool) -> None:
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(pid) == now:
             os.sched_setscheduler(pid, wanted, os.sched_param(0))
-
-
-# The longest turn of the loop is remembered for once or twice as long.
-_SPAN_SECONDS = 0.25
 
 
 class Work(NamedTuple):
@@ -51,6 +50,34 @@ def work_of(pid: int) -> Work | None:
     finally:
         os.close(file)
     return Work(ran * 1e-9, waited * 1e-9) if ran else None
+
+
+class Done(NamedTuple):
+    """What PostgreSQL and this process have done in some time, in seconds."""
+
+    ran: float  # PostgreSQL
+    waited: float  # it, for a processor
+    ours_waited: float  # this process, for a processor
+
+
+class Account:
+    """What a process of PostgreSQL and this one do from now on."""
+
+    __slots__ = ("_its", "_ours", "_pid")
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._its, self._ours = work_of(pid), work_of(os.getpid())
+
+    def done(self, *, anew: bool = False) -> Done | None:
+        """So far; ``anew``: the next time it is from now on.  None as `work_of`."""
+        before, ours = self._its, self._ours
+        after, ours_after = work_of(self._pid), work_of(os.getpid())
+        if anew:
+            self._its, self._ours = after, ours_after
+        if before is None or after is None or ours is None or ours_after is None:
+            return None
+        return Done(after.ran - before.ran, after.waited - before.waited, ours_after.waited - ours.waited)
 
 
 class Lag:
@@ -95,22 +122,18 @@ class Stopwatch:
     this process waits for a processor, or the answer lies there until this process comes to read it.
     """
 
-    __slots__ = ("_began", "_cpu", "_ours", "_pid", "_work")
+    __slots__ = ("_account", "_began", "_cpu")
 
     def start(self, pid: int) -> None:
         """It begins now, in process ``pid``."""
-        self._pid = pid
-        self._work, self._ours = work_of(pid), work_of(os.getpid())
+        self._account = Account(pid)
         self._cpu = thread_time()
         self._began = monotonic()
 
     def seconds(self, lag: float) -> float:
         """From the start until now, when an answer is read that may have come so much earlier."""
         taken = monotonic() - self._began
-        before, ours = self._work, self._ours
-        after, ours_after = work_of(self._pid), work_of(os.getpid())
-        if before is None or after is None or ours is None or ours_after is None:
+        done = self._account.done()
+        if done is None:
             return taken
-        ran = after.ran - before.ran
-        waited = after.waited - before.waited + ours_after.waited - ours.waited
-        return ran + max(0.0, taken - ran - waited - min(lag, thread_time() - self._cpu))
+        return done.ran + max(0.0, taken - sum(done) - min(lag, thread_time() - self._cpu))

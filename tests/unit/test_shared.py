@@ -309,7 +309,7 @@ class Kernel:
 
     def speak(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "pg_ferret.engine.pages.work_of", lambda pid: self._all_ours if pid == os.getpid() else self._all
+            "pg_ferret.engine.scheduling.work_of", lambda pid: self._all_ours if pid == os.getpid() else self._all
         )
 
 
@@ -344,7 +344,7 @@ def test_a_page_joins_others_unless_postgresql_has_much_to_do_or_sleeps(
     monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None, seconds: float, joins: bool
 ) -> None:
     if kernel is None:
-        monkeypatch.setattr("pg_ferret.engine.pages.work_of", lambda _: None)
+        monkeypatch.setattr("pg_ferret.engine.scheduling.work_of", lambda _: None)
     else:
         kernel.speak(monkeypatch)
     stage = Stage(GET_MORE, together=False)
