@@ -146,8 +146,7 @@ class PageLine(ReadLine):
         taken = now - self._since
         seconds = taken - self._costs.lag.seconds
         if (done := self._account.done()) is not None:
-            # The other pages since these were looked at cannot have run for longer than they took; any of them may
-            # have waited.
+            # The other pages of the account cannot have run for longer than they took; any of them may have waited.
             waited = done.waited * taken / (self._taken + taken)
             waited += done.ours_waited * taken / max(now - self._judged, taken)
             seconds = max(done.ran - self._taken, seconds - waited)
