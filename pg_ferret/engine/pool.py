@@ -61,7 +61,7 @@ class Pool:
         self._tasks: set[asyncio.Task[None]] = set()
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
         room = Room(self._crowded, self._alone, self._apart, self._has_room, self._want)
-        self._duties = duties = Duties(self._loop, owner, room, self._measure, self._flush_elsewhere)
+        self._duties = duties = Duties(self._loop, owner, room, self._by_itself, self._flush_elsewhere)
         self._commits = duties.commits
         self.finds, self.pages, self.writes = duties.finds, duties.pages, duties.writes
         duties.allot(limits)
@@ -223,6 +223,16 @@ class Pool:
     def _may_grow(self) -> bool:
         return self._source.opened and self.size + self._source.coming < self._limits.largest
 
+    async def _by_itself(self, lines: Reads, read: Shared) -> Row:
+        """A read that could share, on a connection of its own."""
+        if lines.costs.settled(read.shape, self._loop.time()):
+            row = await self.call(read.call, read.params)
+        else:
+            row = await self._measure(lines, read)
+        if lines.due:
+            self._want(lines)
+        return row
+
     async def _measure(self, lines: Reads, read: Shared) -> Row:
         watch = Stopwatch()
         lag = lines.costs.lag
@@ -243,8 +253,6 @@ class Pool:
         else:
             lag.look()
             lines.costs.note(read.shape, watch.seconds(lag.seconds), now)
-        if lines.due:
-            self._want(lines)
         return row
 
     def _want(self, duty: Duty) -> None:

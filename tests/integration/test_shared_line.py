@@ -117,6 +117,27 @@ async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(mak
 
 
 @pytest.mark.usefixtures("view")
+async def test_a_read_known_to_be_slow_is_measured_now_and_then(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr("pg_ferret.engine.scheduling.work_of", measured.append)
+    async with make_pool(4) as pool:
+        costs = pool.finds.costs
+        now = asyncio.get_running_loop().time()
+        costs.keep_away(_SHAPE, now - 2.0)
+        costs.keep_away(_SHAPE, now + PATIENCE_SECONDS)  # it will not pass meanwhile
+        assert found(await pool.finds.share(find(3))) == 3
+        assert not measured
+        assert costs.slow(_SHAPE)
+    async with make_pool(4) as pool:
+        costs = pool.finds.costs
+        costs.keep_away(_SHAPE, now - 2.0)
+        costs.keep_away(_SHAPE, now - 1.0)
+        assert found(await pool.finds.share(find(3))) == 3
+        assert measured
+
+
 async def test_a_read_that_opens_a_cursor_leaves_the_line(make_pool: MakePool) -> None:
     command = encode({"find": "v", "filter": {"_id": 1}, "$db": "line"})
     wanted = Shared(calls.FIND, (b"line", command), b"line.v", _SHAPE)

@@ -491,6 +491,29 @@ def test_a_slow_read_stays_away_until_one_is_cheap() -> None:
         assert (_SHAPE in costs.cheap, costs.slow(_SHAPE)) == (cheap, not cheap)
 
 
+def test_reads_that_are_always_slow_are_measured_now_and_then() -> None:
+    costs = Costs(Lag(cast(Any, Loop())))
+    assert not costs.settled(_SHAPE, 0.0)
+    for tenths in range(10):
+        costs.note(_SHAPE, 0.005, tenths / 10)
+        assert not costs.settled(_SHAPE, tenths / 10 + 0.05)
+    costs.note(_SHAPE, 0.005, 1.0)
+    assert not costs.settled(_OTHER_SHAPE, 1.05)
+    assert costs.settled(_SHAPE, 1.05)
+    assert not costs.settled(_SHAPE, 1.15)
+    costs.note(_SHAPE, 0.003, 1.15)
+    costs.note(_SHAPE, 0.005, 1.2)
+    assert not costs.settled(_SHAPE, 1.25), "one has been cheap since"
+
+
+def test_reads_that_stay_away_are_not_measured_before_that_is_of_use() -> None:
+    costs = Costs(Lag(cast(Any, Loop())))
+    costs.keep_away(_SHAPE, 1.0)
+    costs.note(_SHAPE, 0.005, 0.5)
+    assert costs.settled(_SHAPE, 0.9)
+    assert not costs.settled(_SHAPE, 1.0)
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_a_read_that_a_time_limit_ends_is_made_elsewhere(together: bool) -> None:
     stage = Stage(FIND, together=together)
