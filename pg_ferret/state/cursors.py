@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar, TypeVarTuple
 
 import lmdb
 
 from pg_ferret.errors import CommandError
+from pg_ferret.state.store import Store
 
-_MAP_BYTES: Final = 1 << 30
-# Opening stops here: what is open must still be able to go on and to end.
-_MOST_PAGES: Final = int(_MAP_BYTES * 0.8) // 4096
+# Opening stops at such a part of the room: what is open must still be able to go on and to end.
+_MOST_PART: Final = 0.8
 _KEY = Struct(">Q")
 _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
 _HEAD = Struct("<dqH")  # expiry (Unix seconds; infinity: never), shape, length of the owner
@@ -27,6 +28,8 @@ _HEAD_BYTES: Final = _HEAD.size
 # What changes with it: records that another version has written are of no use.
 FORMAT: Final = _HEAD.format
 _SWEEP_AT_ONCE: Final = 250
+_Given = TypeVarTuple("_Given")
+_Result = TypeVar("_Result")
 # How long whoever goes on with a cursor whose collection has gone is told so.
 _BEREFT_SECONDS: Final = 600.0
 
@@ -61,42 +64,50 @@ def _session(cursor_owner: bytes) -> bytes:
     return cursor_owner.split(b"\0", 2)[2]
 
 
+def _growing(use: Callable[[Cursors, *_Given], _Result]) -> Callable[[Cursors, *_Given], _Result]:
+    """A use of the registry, which grows for it; raises CommandError when there is no room."""
+
+    @wraps(use)
+    def used(self: Cursors, *given: *_Given) -> _Result:
+        try:
+            while True:
+                try:
+                    return use(self, *given)
+                except (lmdb.MapFullError, lmdb.MapResizedError):
+                    self._store.grow()
+        except (lmdb.Error, OSError) as error:
+            raise _refused(error) from None
+
+    return used
+
+
 class Cursors:
     """All open cursors; the methods take microseconds and never wait for I/O."""
 
     def __init__(self, place: Path) -> None:
-        self._env = lmdb.open(
-            str(place / "cursors.mdb"),
-            subdir=False,
-            map_size=_MAP_BYTES,
-            max_dbs=1,
-            max_readers=2048,
-            sync=False,
-            metasync=False,
-            mode=0o600,
-        )
-        self._env.reader_check()
+        self._store = Store(place / "cursors.mdb")
+        self._env = self._store.environment
         # Cursors are in the main database, by id: the fewer databases a commit changes, the fewer pages it writes.
         self._by_session = self._env.open_db(_SESSIONS, dupsort=True, dupfixed=True)
 
+    @_growing
     def count(self) -> int:
         """How many cursors are open."""
         with self._env.begin() as transaction:
             return int(transaction.stat()["entries"]) - 1  # the other database is an entry, too
 
+    @_growing
     def open(self, cursor_id: int, cursor: Cursor) -> None:
         """Remember a new cursor; raises CommandError when the registry is full."""
         key = _KEY.pack(cursor_id)
-        try:
-            with self._env.begin(write=True) as transaction:
-                if _pages(transaction.stat()) > _MOST_PAGES:
-                    raise lmdb.MapFullError
-                transaction.put(key, _pack(cursor))
-                if session := _session(cursor.owner):
-                    transaction.put(session, key, db=self._by_session)
-        except lmdb.Error as error:
-            raise _refused(error) from None
+        with self._env.begin(write=True) as transaction:
+            if _pages(transaction.stat()) > _MOST_PART * self._store.pages:
+                raise lmdb.MapFullError
+            transaction.put(key, _pack(cursor))
+            if session := _session(cursor.owner):
+                transaction.put(session, key, db=self._by_session)
 
+    @_growing
     def advance(self, cursor_id: int, cursor: Cursor, expires: float, continuation: bytes) -> bool:
         """Store the new continuation and expiry of a cursor that `get` gave, unless it has ended meanwhile.
 
@@ -106,29 +117,31 @@ class Cursors:
         cursor_owner, _, _, shape = cursor
         head = _HEAD.pack(expires, shape, len(cursor_owner)) + cursor_owner
         record = head + continuation
-        try:
-            with self._env.begin(write=True) as transaction:
-                current = transaction.get(key)
-                if current is None or len(current) == len(head):  # it is bereft
-                    return False
-                transaction.put(key, record)
-        except lmdb.Error as error:
-            raise _refused(error) from None
+        with self._env.begin(write=True) as transaction:
+            current = transaction.get(key)
+            if current is None or len(current) == len(head):  # it is bereft
+                return False
+            transaction.put(key, record)
         return True
 
     def bereave(self, cursor_ids: list[int]) -> None:
         """What these cursors read has gone: nothing is left of them but whose they were, for a while."""
-        at_most = time.time() + _BEREFT_SECONDS
         try:
-            with self._env.begin(write=True) as transaction:
-                for key in map(_KEY.pack, cursor_ids):
-                    if (record := transaction.get(key)) is not None:
-                        expires, _, size = _HEAD.unpack_from(record)
-                        whose = record[_HEAD_BYTES : _HEAD_BYTES + size]
-                        transaction.put(key, _pack(Cursor(whose, min(expires, at_most), b"")))
-        except lmdb.Error:
+            self._bereave(cursor_ids)
+        except CommandError:
             self.remove(cursor_ids)  # which needs no room
 
+    @_growing
+    def _bereave(self, cursor_ids: list[int]) -> None:
+        at_most = time.time() + _BEREFT_SECONDS
+        with self._env.begin(write=True) as transaction:
+            for key in map(_KEY.pack, cursor_ids):
+                if (record := transaction.get(key)) is not None:
+                    expires, _, size = _HEAD.unpack_from(record)
+                    whose = record[_HEAD_BYTES : _HEAD_BYTES + size]
+                    transaction.put(key, _pack(Cursor(whose, min(expires, at_most), b"")))
+
+    @_growing
     def get(self, cursor_id: int) -> Cursor | None:
         """The cursor, or None if it is unknown or has expired."""
         with self._env.begin() as transaction:
@@ -141,6 +154,7 @@ class Cursors:
         end = _HEAD_BYTES + size
         return Cursor(record[_HEAD_BYTES:end], expires, record[end:], shape)
 
+    @_growing
     def known(self, cursor_id: int) -> bool:
         """Whether there is such a cursor, expired or not."""
         with self._env.begin() as transaction:
@@ -151,6 +165,7 @@ class Cursors:
         # One by one: LMDB needs free pages to delete, and a full map has few.
         return [cursor_id for cursor_id in cursor_ids if self._remove(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))]
 
+    @_growing
     def _remove(self, key: bytes) -> bool:
         with self._env.begin(write=True) as transaction:
             record = transaction.pop(key)
@@ -161,6 +176,7 @@ class Cursors:
                 transaction.delete(session, key, db=self._by_session)
         return True
 
+    @_growing
     def of_sessions(self, sessions: list[bytes]) -> list[int]:
         """The ids of the cursors that were opened in any of these sessions."""
         found: list[int] = []
@@ -183,6 +199,7 @@ class Cursors:
         owned = slice(_HEAD_BYTES, _HEAD_BYTES + len(prefix))
         return self._some(begin, lambda record: record[owned] == prefix and not _bereft(record))
 
+    @_growing
     def _some(self, begin: bytes, chosen: Callable[[memoryview], bool]) -> tuple[list[int], bytes | None]:
         found: list[int] = []
         with self._env.begin(buffers=True) as transaction, transaction.cursor() as walk:
@@ -211,7 +228,7 @@ def _pages(stat: dict[str, int]) -> int:
     return stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
 
 
-def _refused(error: lmdb.Error) -> CommandError:
+def _refused(error: lmdb.Error | OSError) -> CommandError:
     """The registry cannot take a cursor: it has reached its own size, or its file system is full."""
     if isinstance(error, lmdb.MapFullError):
         return CommandError(146, "too many open cursors")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,21 @@ from pg_ferret.state.cursors import Cursor, Cursors, owner
 _SOON = float("inf")
 
 
+@pytest.fixture(params=["on disk", "in memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Where the registry is: it is written to by system calls, or through its map."""
+    if request.param == "on disk":
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+            yield Path(path)
+
+
 @pytest.fixture
-def cursors(tmp_path: Path) -> Cursors:
-    return Cursors(tmp_path)
+def cursors(place: Path) -> Iterator[Cursors]:
+    registry = Cursors(place)
+    yield registry
+    registry.close()
 
 
 def cursor(session: bytes = b"", expires: float = _SOON, continuation: bytes = b"next", shape: int = 0) -> Cursor:
@@ -98,13 +112,13 @@ def test_cursors_of_a_session(cursors: Cursors) -> None:
     assert sorted(cursors.of_sessions([b"a" * 16, b"b" * 16])) == [1, 3]
 
 
-def test_another_process_sees_them_and_a_killed_writer_harms_nobody(tmp_path: Path) -> None:
+def test_another_process_sees_them_and_a_killed_writer_harms_nobody(place: Path) -> None:
     """A writer is killed again and again in the middle of its work; every record read back is whole."""
     for _ in range(5):
         reader, writer = os.pipe()
         pid = os.fork()
         if not pid:
-            own = Cursors(tmp_path)
+            own = Cursors(place)
             number = 1
             while True:
                 own.open(number % 50 + 1, cursor(session=b"s" * 16, continuation=b"x" * (number % 3000)))
@@ -116,7 +130,7 @@ def test_another_process_sees_them_and_a_killed_writer_harms_nobody(tmp_path: Pa
         os.waitpid(pid, 0)
         os.close(reader)
         os.close(writer)
-        registry = Cursors(tmp_path)
+        registry = Cursors(place)
         for number in range(1, 52):
             found = registry.get(number)
             assert found is None or found.namespace == b"db.c"

@@ -1,0 +1,113 @@
+"""The file behind the registry of cursors: an LMDB environment that all workers map, and that grows.
+
+In memory it is written to through the map, which spares several system calls for each commit.  But where the file
+system is full, whoever writes to a page that is not there yet is ended by SIGBUS.  So every page of the file has been
+allocated, and LMDB's own limit, the size of the map, is the size of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import lmdb
+
+MOST_BYTES: Final = 1 << 30
+_FIRST_BYTES: Final = 1 << 16
+# What it grows by, or by a quarter if that is more; and where there is no room for that.
+_STEP_BYTES: Final = 1 << 20
+_SMALL_STEP_BYTES: Final = 1 << 16
+
+
+def in_memory(place: Path) -> bool:
+    """Whether this directory is in a tmpfs, where what has been allocated once can be written to ever after.
+
+    File systems that write each change to another place (Btrfs, ZFS) need room for that each time.  Without /proc the
+    answer is no.
+    """
+    device = os.stat(place).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    except OSError:
+        return False
+    # See proc_pid_mountinfo(5): the device is the third field, the type the first one behind the hyphen.
+    for mount in mounts.splitlines():
+        fields, _, more = mount.partition(" - ")
+        if fields.split(" ")[2] == wanted:
+            return more.split(" ")[0] == "tmpfs"
+    return False
+
+
+class Store:
+    """The environment; who gets MapFullError or MapResizedError from it calls `grow` and tries again."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises OSError or lmdb.Error when there is no room."""
+        self._file = file
+        self._mapped = in_memory(file.parent)
+        with self._alone() as descriptor:
+            self._bytes = max(os.fstat(descriptor).st_size, _FIRST_BYTES) if self._mapped else MOST_BYTES
+            self.environment = lmdb.open(
+                str(file),
+                subdir=False,
+                map_size=self._bytes,
+                max_dbs=1,
+                max_readers=2048,
+                sync=False,
+                metasync=False,
+                writemap=self._mapped,
+                mode=0o600,
+            )
+            if self._mapped:
+                # LMDB has made the file as large as its map.
+                os.posix_fallocate(descriptor, 0, self._bytes)
+        self.environment.reader_check()
+        self._page_bytes: int = self.environment.stat()["psize"]
+
+    @property
+    def pages(self) -> int:
+        """How many there is room for, as far as this process knows."""
+        return self._bytes // self._page_bytes
+
+    def grow(self) -> None:
+        """Make room for more, or know of what others have made; nobody in this process has a transaction.
+
+        Raises lmdb.MapFullError when there is as much as there may be, OSError when the file system is full.
+        """
+        if not self._mapped:
+            raise lmdb.MapFullError
+        with self._alone() as descriptor:
+            found = os.fstat(descriptor).st_size
+            if found == self._bytes:
+                found = _larger(descriptor, found)
+            self.environment.set_mapsize(found)
+            self._bytes = found
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[int]:
+        """The file, while nobody else changes its size: LMDB makes it as small as the map of whoever opens it."""
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _larger(descriptor: int, size: int) -> int:
+    if size >= MOST_BYTES:
+        raise lmdb.MapFullError
+    for step in (max(size // 4, _STEP_BYTES), _SMALL_STEP_BYTES):
+        larger = min(size + step, MOST_BYTES)
+        try:
+            os.posix_fallocate(descriptor, size, larger - size)
+        except OSError as error:
+            refused = error
+        else:
+            return larger
+    raise refused

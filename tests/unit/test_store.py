@@ -1,0 +1,182 @@
+"""The file of the registry: LMDB must never get to a page that has not been allocated, and use all that have been."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from pg_ferret.errors import CommandError
+from pg_ferret.state.cursors import Cursor, Cursors, owner
+from pg_ferret.state.store import in_memory
+
+_NEVER = float("inf")
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have a file system with room for files of so many bytes."""
+    allocate = os.posix_fallocate
+
+    def limit(size: int) -> None:
+        def posix_fallocate(descriptor: int, offset: int, length: int) -> None:
+            if offset + length > size:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            allocate(descriptor, offset, length)
+
+        monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
+
+    return limit
+
+
+def cursor(size: int, session: bytes = b"s" * 16) -> Cursor:
+    return Cursor(owner(b"db.c", b"me", session), _NEVER, b"x" * size)
+
+
+def check(place: Path) -> None:
+    """There is no page that has not been allocated, so none that LMDB could get to."""
+    found = (place / "cursors.mdb").stat()
+    assert found.st_blocks * 512 >= found.st_size
+
+
+def test_what_is_in_memory(place: Path) -> None:
+    assert in_memory(place)
+    assert not in_memory(Path("/proc"))
+
+
+def use(place: Path, seed: int, turns: int) -> None:
+    """Open, go on with and end cursors of all sizes, while a reader keeps pages from being used again."""
+    registry = Cursors(place)
+    chance = random.Random(seed)
+    alive: dict[int, Cursor] = {}
+    for turn in range(turns):
+        what = chance.random()
+        size = chance.choice([10, 300, 900, 3000, 40_000, 2_000_000 if turn % 20 == 0 else 50])
+        if what < 0.4 or not alive:
+            cursor_id = chance.getrandbits(63)
+            alive[cursor_id] = cursor(size, chance.choice([b"", b"s" * 16, chance.randbytes(16)]))
+            registry.open(cursor_id, alive[cursor_id])
+        elif what < 0.75:
+            cursor_id = chance.choice(list(alive))
+            assert registry.advance(cursor_id, alive[cursor_id], _NEVER, b"y" * size)
+            alive[cursor_id] = alive[cursor_id]._replace(continuation=b"y" * size)
+        elif what < 0.97:
+            cursor_id = chance.choice(list(alive))
+            del alive[cursor_id]
+            assert registry.remove([cursor_id]) == [cursor_id]
+        else:
+            cursor_id, known = chance.choice(list(alive.items()))
+            assert registry.get(cursor_id) == known
+        check(place)
+    for cursor_id, known in alive.items():
+        assert registry.get(cursor_id) == known
+    registry.close()
+
+
+def test_several_processes_use_and_enlarge_one_registry(place: Path) -> None:
+    children = []
+    for seed in range(4):
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                use(place, seed, 600)
+                use(place, seed + 4, 600)  # who comes later finds a large file
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+    assert (place / "cursors.mdb").stat().st_size > 4 << 20
+
+
+def test_a_reader_knows_what_another_process_has_added(place: Path) -> None:
+    registry = Cursors(place)
+    registry.open(1, cursor(10))
+    before = (place / "cursors.mdb").stat().st_size
+    pid = os.fork()
+    if not pid:
+        with ExitStack() as stack:
+            stack.callback(os._exit, 1)
+            other = Cursors(place)
+            for number in range(2, 40):
+                other.open(number, cursor(100_000))
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (place / "cursors.mdb").stat().st_size > before
+    assert registry.get(39) == cursor(100_000)
+    assert registry.count() == 39
+    assert registry.advance(39, cursor(10), _NEVER, b"next")
+    registry.close()
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_where_the_file_system_is_full_open_cursors_go_on_and_end(
+    place: Path, most: Callable[[int], None], size: int
+) -> None:
+    registry = Cursors(place)
+    most(4 << 20)
+    for _ in range(2):  # what has been removed makes room for others
+        opened: list[int] = []
+
+        def fill(opened: list[int] = opened) -> None:
+            for number in range(100_000):
+                registry.open(number, cursor(size))
+                opened.append(number)
+
+        with pytest.raises(CommandError) as refused:
+            fill()
+        assert refused.value.code == 14031
+        assert len(opened) * size > 1 << 20
+        for cursor_id in opened * 2:
+            assert registry.advance(cursor_id, cursor(size), _NEVER, b"y" * size)
+        check(place)
+        registry.bereave(opened[:100])
+        assert registry.remove(opened) == opened
+        assert registry.count() == 0
+    assert (place / "cursors.mdb").stat().st_size == 4 << 20
+    registry.close()
+
+
+def test_a_file_system_without_room_is_told_at_once(place: Path, most: Callable[[int], None]) -> None:
+    most(0)
+    with pytest.raises(OSError, match="No space left"):
+        Cursors(place)
+    most(1 << 20)
+    registry = Cursors(place)
+    check(place)
+    registry.close()
+
+
+def test_there_is_an_end_to_growth(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pg_ferret.state.store.MOST_BYTES", 1 << 21)
+    registry = Cursors(place)
+    with pytest.raises(CommandError) as refused:
+        registry.open(1, cursor(3 << 20))
+    assert (refused.value.code, (place / "cursors.mdb").stat().st_size) == (146, 1 << 21)
+    registry.open(1, cursor(10))
+    registry.close()
+
+
+def test_on_a_disk_the_file_is_as_large_as_what_is_in_it(tmp_path: Path) -> None:
+    if in_memory(tmp_path):
+        pytest.skip("temporary files are in memory here")
+    registry = Cursors(tmp_path)
+    registry.open(1, cursor(2 << 20))
+    assert 2 << 20 < (tmp_path / "cursors.mdb").stat().st_size < 3 << 20
+    registry.close()
