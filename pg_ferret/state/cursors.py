@@ -19,14 +19,17 @@ import lmdb
 from pg_ferret.errors import CommandError
 from pg_ferret.state.store import Store
 
-# Opening stops at such a part of the room: what is open must still be able to go on and to end.
-_MOST_PART: Final = 0.8
+# Its file.
+REGISTRY: Final = "cursors.mdb"
+# Opening leaves such a part of the room, and so many pages: what is open must still be able to go on and to end.
+_SPARE_PART: Final = 0.2
+_SPARE_PAGES: Final = 64
 _KEY = Struct(">Q")
 _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
 _HEAD = Struct("<dqH")  # expiry (Unix seconds; infinity: never), shape, length of the owner
 _HEAD_BYTES: Final = _HEAD.size
-# What changes with it: records that another version has written are of no use.
-FORMAT: Final = _HEAD.format
+# What changes with it: what another version writes is of no use, or written in another way.
+FORMAT: Final = f"{_HEAD.format} map"
 _SWEEP_AT_ONCE: Final = 250
 _Given = TypeVarTuple("_Given")
 _Result = TypeVar("_Result")
@@ -75,20 +78,24 @@ def _growing(use: Callable[[Cursors, *_Given], _Result]) -> Callable[[Cursors, *
                     return use(self, *given)
                 except (lmdb.MapFullError, lmdb.MapResizedError):
                     self._store.grow()
-        except (lmdb.Error, OSError) as error:
+        except (lmdb.MapFullError, lmdb.DiskError, OSError) as error:
             raise _refused(error) from None
 
     return used
 
 
 class Cursors:
-    """All open cursors; the methods take microseconds and never wait for I/O."""
+    """All open cursors; the methods take microseconds, milliseconds when the registry grows, and never wait for I/O."""
 
     def __init__(self, place: Path) -> None:
-        self._store = Store(place / "cursors.mdb")
+        self._store = Store(place / REGISTRY)
         self._env = self._store.environment
         # Cursors are in the main database, by id: the fewer databases a commit changes, the fewer pages it writes.
-        self._by_session = self._env.open_db(_SESSIONS, dupsort=True, dupfixed=True)
+        self._by_session = self._sessions()
+
+    @_growing
+    def _sessions(self) -> lmdb._Database:
+        return self._env.open_db(_SESSIONS, dupsort=True, dupfixed=True)
 
     @_growing
     def count(self) -> int:
@@ -101,7 +108,9 @@ class Cursors:
         """Remember a new cursor; raises CommandError when the registry is full."""
         key = _KEY.pack(cursor_id)
         with self._env.begin(write=True) as transaction:
-            if _pages(transaction.stat()) > _MOST_PART * self._store.pages:
+            room = self._store.pages
+            used = _pages(transaction.stat()) + _pages(transaction.stat(self._by_session))
+            if used + max(_SPARE_PAGES, _SPARE_PART * room) > room:
                 raise lmdb.MapFullError
             transaction.put(key, _pack(cursor))
             if session := _session(cursor.owner):
@@ -213,7 +222,7 @@ class Cursors:
 
     def close(self) -> None:
         """Unmap the registry; it goes on to exist for the other workers."""
-        self._env.close()
+        self._store.close()
 
 
 def _bereft(record: bytes | memoryview) -> bool:
@@ -228,7 +237,7 @@ def _pages(stat: dict[str, int]) -> int:
     return stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
 
 
-def _refused(error: lmdb.Error | OSError) -> CommandError:
+def _refused(error: Exception) -> CommandError:
     """The registry cannot take a cursor: it has reached its own size, or its file system is full."""
     if isinstance(error, lmdb.MapFullError):
         return CommandError(146, "too many open cursors")

@@ -8,6 +8,7 @@ allocated, and LMDB's own limit, the size of the map, is the size of the file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Final
 import lmdb
 
 MOST_BYTES: Final = 1 << 30
-_FIRST_BYTES: Final = 1 << 16
+_FIRST_BYTES: Final = 1 << 20
 # What it grows by, or by a quarter if that is more; and where there is no room for that.
 _STEP_BYTES: Final = 1 << 20
 _SMALL_STEP_BYTES: Final = 1 << 16
@@ -48,26 +49,42 @@ class Store:
 
     def __init__(self, file: Path) -> None:
         """Raises OSError or lmdb.Error when there is no room."""
-        self._file = file
         self._mapped = in_memory(file.parent)
-        with self._alone() as descriptor:
-            self._bytes = max(os.fstat(descriptor).st_size, _FIRST_BYTES) if self._mapped else MOST_BYTES
-            self.environment = lmdb.open(
-                str(file),
-                subdir=False,
-                map_size=self._bytes,
-                max_dbs=1,
-                max_readers=2048,
-                sync=False,
-                metasync=False,
-                writemap=self._mapped,
-                mode=0o600,
-            )
-            if self._mapped:
-                # LMDB has made the file as large as its map.
-                os.posix_fallocate(descriptor, 0, self._bytes)
+        # For as long as LMDB has the file, which may be removed, and another one be made in its place.
+        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with self._alone():
+                self.environment = self._open(file)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         self.environment.reader_check()
         self._page_bytes: int = self.environment.stat()["psize"]
+
+    def _open(self, file: Path) -> lmdb.Environment:
+        found = os.fstat(self._descriptor)
+        self._bytes = max(found.st_size, _FIRST_BYTES) if self._mapped else MOST_BYTES
+        environment = lmdb.open(
+            str(file),
+            subdir=False,
+            map_size=self._bytes,
+            max_dbs=1,
+            max_readers=2048,
+            sync=False,
+            metasync=False,
+            writemap=self._mapped,
+            mode=0o600,
+        )
+        try:
+            if not os.path.samestat(found, os.stat(file)):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            if self._mapped:
+                # LMDB has made the file as large as its map.
+                os.posix_fallocate(self._descriptor, 0, self._bytes)
+        except OSError:
+            environment.close()
+            raise
+        return environment
 
     @property
     def pages(self) -> int:
@@ -81,22 +98,26 @@ class Store:
         """
         if not self._mapped:
             raise lmdb.MapFullError
-        with self._alone() as descriptor:
-            found = os.fstat(descriptor).st_size
+        with self._alone():
+            found = os.fstat(self._descriptor).st_size
             if found == self._bytes:
-                found = _larger(descriptor, found)
+                found = _larger(self._descriptor, found)
             self.environment.set_mapsize(found)
             self._bytes = found
 
+    def close(self) -> None:
+        """Unmap the file."""
+        self.environment.close()
+        os.close(self._descriptor)
+
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[int]:
-        """The file, while nobody else changes its size: LMDB makes it as small as the map of whoever opens it."""
-        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _alone(self) -> Iterator[None]:
+        """Nobody else changes the file's size: where LMDB maps it, it makes it as large, or as small, as the map."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield descriptor
+            yield
         finally:
-            os.close(descriptor)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
 
 def _larger(descriptor: int, size: int) -> int:

@@ -614,7 +614,7 @@ def out_of_descriptors(stage: Stage) -> None:
 
 def _is_small(path: Path) -> bool:
     found = os.statvfs(path)
-    return found.f_blocks * found.f_frsize <= 1 << 20
+    return found.f_blocks * found.f_frsize <= 4 << 20
 
 
 # It is switched off twice for it; PyMongo may take a while to learn that nobody listens, and until then is refused.
@@ -635,7 +635,7 @@ def full_state_dir(stage: Stage) -> None:
     def fill() -> bool:
         with MongoClient[Document](stage.cluster.uri, **OPTIONS) as client:
             try:
-                for _ in range(200):
+                for _ in range(1000):
                     command = {"find": "rows", "batchSize": 1, "comment": "x" * 4000, "noCursorTimeout": True}
                     client[DATABASE].command(command)
             except PyMongoError as error:

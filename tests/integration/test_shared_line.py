@@ -116,7 +116,6 @@ async def test_a_burst_that_takes_all_connections_gets_its_line_all_the_same(mak
         assert pool.size <= 4
 
 
-@pytest.mark.usefixtures("view")
 async def test_a_read_known_to_be_slow_is_measured_now_and_then(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +137,7 @@ async def test_a_read_known_to_be_slow_is_measured_now_and_then(
         assert measured
 
 
+@pytest.mark.usefixtures("view")
 async def test_a_read_that_opens_a_cursor_leaves_the_line(make_pool: MakePool) -> None:
     command = encode({"find": "v", "filter": {"_id": 1}, "$db": "line"})
     wanted = Shared(calls.FIND, (b"line", command), b"line.v", _SHAPE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import lmdb
 import pytest
 
 from config.settings import Config
@@ -40,19 +41,21 @@ def test_equal_paths_in_two_containers_are_told_apart(tmp_path: Path) -> None:
 
 def test_what_another_version_has_written_is_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = directory.prepare(configured(tmp_path, tmp_path / "data"))
-    (place / "cursors.mdb").touch()
+    written = place / "written"
+    written.touch()
     monkeypatch.setattr(directory, "FORMAT", "another")
     directory.prepare(configured(tmp_path, tmp_path / "data"))
-    assert not (place / "cursors.mdb").exists()
+    assert not written.exists()
 
 
 def test_a_new_postmaster_starts_afresh_and_the_same_one_goes_on(tmp_path: Path) -> None:
     place = directory.prepare(configured(tmp_path, tmp_path / "data"))
-    (place / "cursors.mdb").touch()
+    written = place / "written"
+    written.touch()
     directory.prepare(configured(tmp_path, tmp_path / "data"))
-    assert (place / "cursors.mdb").exists()
+    assert written.exists()
     directory.prepare(configured(tmp_path, tmp_path / "data", "tomorrow"))
-    assert not (place / "cursors.mdb").exists()
+    assert not written.exists()
 
 
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -69,4 +72,16 @@ def test_a_link_laid_by_somebody_else_is_not_followed(tmp_path: Path) -> None:
     elsewhere.mkdir()
     directory.path(configured(tmp_path, tmp_path / "data")).symlink_to(elsewhere)
     with pytest.raises(StateDirError, match="belongs to another user"):
+        directory.prepare(configured(tmp_path, tmp_path / "data"))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), lmdb.DiskError("No space left on device")])
+def test_a_full_file_system_is_told_before_workers_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def store(file: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(directory, "Store", store)
+    with pytest.raises(StateDirError, match=r"ferretdb\.state_dir: .*: No space left on device"):
         directory.prepare(configured(tmp_path, tmp_path / "data"))

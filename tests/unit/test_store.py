@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from pg_ferret.errors import CommandError
-from pg_ferret.state.cursors import Cursor, Cursors, owner
-from pg_ferret.state.store import in_memory
+from pg_ferret.state.cursors import REGISTRY, Cursor, Cursors, owner
+from pg_ferret.state.store import Store, in_memory
 
 _NEVER = float("inf")
 
@@ -48,8 +50,28 @@ def cursor(size: int, session: bytes = b"s" * 16) -> Cursor:
 
 def check(place: Path) -> None:
     """There is no page that has not been allocated, so none that LMDB could get to."""
-    found = (place / "cursors.mdb").stat()
+    found = (place / REGISTRY).stat()
     assert found.st_blocks * 512 >= found.st_size
+
+
+def start(work: Callable[[], None]) -> int:
+    """In a process of its own; the process id."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def run(work: Callable[[], None]) -> None:
+    """In a process of its own, which has to end well."""
+    assert os.waitpid(start(work), 0)[1] == 0
 
 
 def test_what_is_in_memory(place: Path) -> None:
@@ -87,69 +109,64 @@ def use(place: Path, seed: int, turns: int) -> None:
 
 
 def test_several_processes_use_and_enlarge_one_registry(place: Path) -> None:
-    children = []
-    for seed in range(4):
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                use(place, seed, 600)
-                use(place, seed + 4, 600)  # who comes later finds a large file
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
-    assert (place / "cursors.mdb").stat().st_size > 4 << 20
+    def work(seed: int) -> None:
+        use(place, seed, 600)
+        use(place, seed + 4, 600)  # who comes later finds a large file
+
+    processes = [start(partial(work, seed)) for seed in range(4)]
+    assert [os.waitpid(pid, 0)[1] for pid in processes] == [0] * 4
+    assert (place / REGISTRY).stat().st_size > 4 << 20
 
 
 def test_a_reader_knows_what_another_process_has_added(place: Path) -> None:
     registry = Cursors(place)
     registry.open(1, cursor(10))
-    before = (place / "cursors.mdb").stat().st_size
-    pid = os.fork()
-    if not pid:
-        with ExitStack() as stack:
-            stack.callback(os._exit, 1)
-            other = Cursors(place)
-            for number in range(2, 40):
-                other.open(number, cursor(100_000))
-            os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert (place / "cursors.mdb").stat().st_size > before
+    before = (place / REGISTRY).stat().st_size
+
+    def enlarge() -> None:
+        other = Cursors(place)
+        for number in range(2, 40):
+            other.open(number, cursor(100_000))
+
+    run(enlarge)
+    after = (place / REGISTRY).stat().st_size
+    assert after > before
     assert registry.get(39) == cursor(100_000)
     assert registry.count() == 39
     assert registry.advance(39, cursor(10), _NEVER, b"next")
+    assert (place / REGISTRY).stat().st_size == after, "there was room enough"
     registry.close()
 
 
-@pytest.mark.parametrize("size", [100, 5000])
+# A record of several pages needs them in one piece: where there are hardly any, it may find none.
+@pytest.mark.parametrize(
+    ("size", "room"),
+    [*product([100, 700, 5000], [1 << 20, (1 << 20) + (1 << 16), 4 << 20]), (20_000, 4 << 20)],
+)
 def test_where_the_file_system_is_full_open_cursors_go_on_and_end(
-    place: Path, most: Callable[[int], None], size: int
+    place: Path, most: Callable[[int], None], size: int, room: int
 ) -> None:
+    most(room)
     registry = Cursors(place)
-    most(4 << 20)
     for _ in range(2):  # what has been removed makes room for others
         opened: list[int] = []
 
         def fill(opened: list[int] = opened) -> None:
             for number in range(100_000):
-                registry.open(number, cursor(size))
+                registry.open(number, cursor(size, number.to_bytes(16)))
                 opened.append(number)
 
         with pytest.raises(CommandError) as refused:
             fill()
         assert refused.value.code == 14031
-        assert len(opened) * size > 1 << 20
+        assert len(opened) * (size + 300) > room / 4
         for cursor_id in opened * 2:
-            assert registry.advance(cursor_id, cursor(size), _NEVER, b"y" * size)
+            assert registry.advance(cursor_id, cursor(size, cursor_id.to_bytes(16)), _NEVER, b"y" * size)
         check(place)
         registry.bereave(opened[:100])
         assert registry.remove(opened) == opened
         assert registry.count() == 0
-    assert (place / "cursors.mdb").stat().st_size == 4 << 20
+    assert (place / REGISTRY).stat().st_size == room
     registry.close()
 
 
@@ -163,12 +180,75 @@ def test_a_file_system_without_room_is_told_at_once(place: Path, most: Callable[
     registry.close()
 
 
+def test_a_registry_is_written_to_through_its_map_in_memory_only(place: Path, tmp_path: Path) -> None:
+    for where in (place, tmp_path):
+        store = Store(where / REGISTRY)
+        assert store.environment.flags()["writemap"] == in_memory(where)
+        store.close()
+
+
+def test_a_registry_that_has_been_replaced_grows_by_itself(place: Path) -> None:
+    """Its processes go on with it until they end; here the directory has been removed, and others use a new one."""
+    old = place / "old"
+    old.mkdir()
+    registry = Cursors(old)
+    for number in range(20):
+        registry.open(number, cursor(200_000))
+    old.rename(place / "gone")
+    old.mkdir()
+    new = Cursors(old)
+    new.open(1, cursor(10))
+
+    for number in range(20, 40):
+        registry.open(number, cursor(200_000))
+    assert (place / "gone" / REGISTRY).stat().st_size > 6 << 20
+    assert (old / REGISTRY).stat().st_size == 1 << 20
+    assert registry.get(39) == cursor(200_000)
+    assert new.count() == 1
+    registry.close()
+    new.close()
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_not_used(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def replaced(descriptor: int, operation: int) -> None:
+        (place / REGISTRY).unlink(missing_ok=True)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Stale"):
+        Store(place / REGISTRY)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_worker_may_start_while_another_one_enlarges_the_registry(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enlarge() -> None:
+        monkeypatch.undo()
+        other = Cursors(place)
+        for number in range(20):
+            other.open(number, cursor(200_000))
+
+    def slowly(file: Path) -> Store:
+        store = Store(file)
+        run(enlarge)
+        return store
+
+    monkeypatch.setattr("pg_ferret.state.cursors.Store", slowly)
+    registry = Cursors(place)
+    assert registry.count() == 20
+    registry.close()
+
+
 def test_there_is_an_end_to_growth(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pg_ferret.state.store.MOST_BYTES", 1 << 21)
     registry = Cursors(place)
     with pytest.raises(CommandError) as refused:
         registry.open(1, cursor(3 << 20))
-    assert (refused.value.code, (place / "cursors.mdb").stat().st_size) == (146, 1 << 21)
+    assert (refused.value.code, (place / REGISTRY).stat().st_size) == (146, 1 << 21)
     registry.open(1, cursor(10))
     registry.close()
 
@@ -178,5 +258,5 @@ def test_on_a_disk_the_file_is_as_large_as_what_is_in_it(tmp_path: Path) -> None
         pytest.skip("temporary files are in memory here")
     registry = Cursors(tmp_path)
     registry.open(1, cursor(2 << 20))
-    assert 2 << 20 < (tmp_path / "cursors.mdb").stat().st_size < 3 << 20
+    assert 2 << 20 < (tmp_path / REGISTRY).stat().st_size < 3 << 20
     registry.close()
