@@ -19,7 +19,10 @@ import lmdb
 from pg_ferret.errors import CommandError
 from pg_ferret.state.store import Store
 
-# Its file.
+_Given = TypeVarTuple("_Given")
+_Result = TypeVar("_Result")
+
+# The file.
 REGISTRY: Final = "cursors.mdb"
 # Opening leaves such a part of the room, and so many pages: what is open must still be able to go on and to end.
 _SPARE_PART: Final = 0.2
@@ -31,8 +34,6 @@ _HEAD_BYTES: Final = _HEAD.size
 # What changes with it: what another version writes is of no use, or written in another way.
 FORMAT: Final = f"{_HEAD.format} map"
 _SWEEP_AT_ONCE: Final = 250
-_Given = TypeVarTuple("_Given")
-_Result = TypeVar("_Result")
 # How long whoever goes on with a cursor whose collection has gone is told so.
 _BEREFT_SECONDS: Final = 600.0
 
@@ -68,7 +69,7 @@ def _session(cursor_owner: bytes) -> bytes:
 
 
 def _growing(use: Callable[[Cursors, *_Given], _Result]) -> Callable[[Cursors, *_Given], _Result]:
-    """A use of the registry, which grows for it; raises CommandError when there is no room."""
+    """A method of `Cursors`, for which the registry grows; raises CommandError when there is no room for that."""
 
     @wraps(use)
     def used(self: Cursors, *given: *_Given) -> _Result:

@@ -112,7 +112,7 @@ class Store:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else changes the file's size: where LMDB maps it, it makes it as large, or as small, as the map."""
+        """Nobody else maps the file meanwhile: with each map LMDB makes it as large as that, or as small."""
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
             yield
