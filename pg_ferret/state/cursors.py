@@ -24,9 +24,8 @@ _Result = TypeVar("_Result")
 
 # The file.
 REGISTRY: Final = "cursors.mdb"
-# Opening leaves such a part of the room, and so many pages: what is open must still be able to go on and to end.
-_SPARE_PART: Final = 0.2
-_SPARE_PAGES: Final = 64
+# Opening stops at such a part of the room: what is open must still be able to go on and to end.
+_MOST_PART: Final = 0.8
 _KEY = Struct(">Q")
 _SESSIONS: Final = b"by_session"  # longer than the key of any cursor
 _HEAD = Struct("<dqH")  # expiry (Unix seconds; infinity: never), shape, length of the owner
@@ -69,7 +68,7 @@ def _session(cursor_owner: bytes) -> bytes:
 
 
 def _growing(use: Callable[[Cursors, *_Given], _Result]) -> Callable[[Cursors, *_Given], _Result]:
-    """A method of `Cursors`, for which the registry grows; raises CommandError when there is no room for that."""
+    """A method of `Cursors`, for which the registry grows."""
 
     @wraps(use)
     def used(self: Cursors, *given: *_Given) -> _Result:
@@ -86,7 +85,10 @@ def _growing(use: Callable[[Cursors, *_Given], _Result]) -> Callable[[Cursors, *
 
 
 class Cursors:
-    """All open cursors; the methods take microseconds, milliseconds when the registry grows, and never wait for I/O."""
+    """All open cursors; the methods take microseconds, milliseconds when the registry grows, and never wait for I/O.
+
+    All raise CommandError when it has to grow and there is no room.
+    """
 
     def __init__(self, place: Path) -> None:
         self._store = Store(place / REGISTRY)
@@ -109,9 +111,7 @@ class Cursors:
         """Remember a new cursor; raises CommandError when the registry is full."""
         key = _KEY.pack(cursor_id)
         with self._env.begin(write=True) as transaction:
-            room = self._store.pages
-            used = _pages(transaction.stat()) + _pages(transaction.stat(self._by_session))
-            if used + max(_SPARE_PAGES, _SPARE_PART * room) > room:
+            if self._pages(transaction) > _MOST_PART * self._store.pages:
                 raise lmdb.MapFullError
             transaction.put(key, _pack(cursor))
             if session := _session(cursor.owner):
@@ -220,6 +220,10 @@ class Cursors:
                 if len(key) == _KEY.size and chosen(record):
                     found.append(_KEY.unpack(key)[0])
         return found, None
+
+    def _pages(self, transaction: lmdb.Transaction) -> int:
+        """How many hold records."""
+        return _pages(transaction.stat()) + _pages(transaction.stat(self._by_session))
 
     def close(self) -> None:
         """Unmap the registry; it goes on to exist for the other workers."""

@@ -19,9 +19,10 @@ import lmdb
 
 MOST_BYTES: Final = 1 << 30
 _FIRST_BYTES: Final = 1 << 20
-# What it grows by, or by a quarter if that is more; and where there is no room for that.
+# What it grows by, or by a quarter if that is more; where there is no room for it, by half of that, down to the least.
 _STEP_BYTES: Final = 1 << 20
-_SMALL_STEP_BYTES: Final = 1 << 16
+_LEAST_STEP_BYTES: Final = 1 << 16
+_BLOCK_BYTES: Final = 512  # of stat(2)
 
 
 def in_memory(place: Path) -> bool:
@@ -64,26 +65,28 @@ class Store:
     def _open(self, file: Path) -> lmdb.Environment:
         found = os.fstat(self._descriptor)
         self._bytes = max(found.st_size, _FIRST_BYTES) if self._mapped else MOST_BYTES
-        environment = lmdb.open(
-            str(file),
-            subdir=False,
-            map_size=self._bytes,
-            max_dbs=1,
-            max_readers=2048,
-            sync=False,
-            metasync=False,
-            writemap=self._mapped,
-            mode=0o600,
-        )
-        try:
+        with contextlib.ExitStack() as failed:
+            if not found.st_size:
+                # Half of a beginning would be no registry, also when there is room again.
+                failed.callback(os.ftruncate, self._descriptor, 0)
+            environment = lmdb.open(
+                str(file),
+                subdir=False,
+                map_size=self._bytes,
+                max_dbs=1,
+                max_readers=2048,
+                sync=False,
+                metasync=False,
+                writemap=self._mapped,
+                mode=0o600,
+            )
+            failed.callback(environment.close)
             if not os.path.samestat(found, os.stat(file)):
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            if self._mapped:
-                # LMDB has made the file as large as its map.
+            # LMDB has made the file as large as its map.
+            if self._mapped and os.fstat(self._descriptor).st_blocks * _BLOCK_BYTES < self._bytes:
                 os.posix_fallocate(self._descriptor, 0, self._bytes)
-        except OSError:
-            environment.close()
-            raise
+            failed.pop_all()
         return environment
 
     @property
@@ -107,7 +110,8 @@ class Store:
 
     def close(self) -> None:
         """Unmap the file."""
-        self.environment.close()
+        with self._alone():  # the last one may end what somebody who opens it begins to use
+            self.environment.close()
         os.close(self._descriptor)
 
     @contextlib.contextmanager
@@ -121,14 +125,17 @@ class Store:
 
 
 def _larger(descriptor: int, size: int) -> int:
+    """Make the file larger; its new size in bytes."""
     if size >= MOST_BYTES:
         raise lmdb.MapFullError
-    for step in (max(size // 4, _STEP_BYTES), _SMALL_STEP_BYTES):
+    step = max(size // 4, _STEP_BYTES)
+    while True:
         larger = min(size + step, MOST_BYTES)
         try:
             os.posix_fallocate(descriptor, size, larger - size)
-        except OSError as error:
-            refused = error
+        except OSError:
+            if step == _LEAST_STEP_BYTES:
+                raise
+            step = max(step // 2, _LEAST_STEP_BYTES)
         else:
             return larger
-    raise refused

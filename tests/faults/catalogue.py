@@ -34,7 +34,7 @@ AWAY = f"{CUT}, ServerSelectionTimeoutError, NetworkTimeout"
 DOWN = f"{AWAY}, 91 ShutdownInProgress"
 # … and has lost its cursors by that, as MongoDB does.
 RESTARTED = f"{DOWN}, 43 CursorNotFound"
-# A file system of 256 kB that dev/enter --private offers for this.
+# A file system of 4 MB that dev/enter --private offers for this.
 SMALL_FILE_SYSTEM = Path("/mnt")
 
 

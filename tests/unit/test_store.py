@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import random
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,11 +15,12 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import lmdb
 import pytest
 
 from pg_ferret.errors import CommandError
 from pg_ferret.state.cursors import REGISTRY, Cursor, Cursors, owner
-from pg_ferret.state.store import Store, in_memory
+from pg_ferret.state.store import Store, _larger, in_memory
 
 _NEVER = float("inf")
 
@@ -118,7 +121,22 @@ def test_several_processes_use_and_enlarge_one_registry(place: Path) -> None:
     assert (place / REGISTRY).stat().st_size > 4 << 20
 
 
-def test_a_reader_knows_what_another_process_has_added(place: Path) -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda registry: registry.get(39) == cursor(100_000),
+        lambda registry: registry.known(39),
+        lambda registry: registry.count() == 39,
+        lambda registry: registry.expired() == ([], None),
+        lambda registry: registry.of_owners(b"db.c\0") == (list(range(1, 40)), None),
+        lambda registry: registry.of_sessions([b"s" * 16]) == list(range(1, 40)),
+        lambda registry: registry.advance(39, cursor(10), _NEVER, b"next"),
+        lambda registry: registry.remove([39]) == [39],
+        lambda registry: registry.bereave([39]) or registry.of_owners(b"db.c\0") == (list(range(1, 39)), None),
+        lambda registry: registry.open(40, cursor(10)) or registry.count() == 40,
+    ],
+)
+def test_who_comes_back_knows_what_another_process_has_added(place: Path, use: Callable[[Cursors], bool]) -> None:
     registry = Cursors(place)
     registry.open(1, cursor(10))
     before = (place / REGISTRY).stat().st_size
@@ -131,9 +149,7 @@ def test_a_reader_knows_what_another_process_has_added(place: Path) -> None:
     run(enlarge)
     after = (place / REGISTRY).stat().st_size
     assert after > before
-    assert registry.get(39) == cursor(100_000)
-    assert registry.count() == 39
-    assert registry.advance(39, cursor(10), _NEVER, b"next")
+    assert use(registry)
     assert (place / REGISTRY).stat().st_size == after, "there was room enough"
     registry.close()
 
@@ -160,6 +176,10 @@ def test_where_the_file_system_is_full_open_cursors_go_on_and_end(
             fill()
         assert refused.value.code == 14031
         assert len(opened) * (size + 300) > room / 4
+        with registry._env.begin() as transaction:
+            found = [transaction.stat(), transaction.stat(registry._by_session)]
+        used = sum(one["leaf_pages"] + one["overflow_pages"] for one in found) * mmap.PAGESIZE
+        assert room / 2 < used < room * 0.8 + (size + 100_000)
         for cursor_id in opened * 2:
             assert registry.advance(cursor_id, cursor(size, cursor_id.to_bytes(16)), _NEVER, b"y" * size)
         check(place)
@@ -178,6 +198,83 @@ def test_a_file_system_without_room_is_told_at_once(place: Path, most: Callable[
     registry = Cursors(place)
     check(place)
     registry.close()
+
+
+def test_half_of_a_beginning_is_no_obstacle_when_there_is_room_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_(path: str, **_: object) -> None:
+        Path(path).write_bytes(bytes(4096))
+        raise lmdb.DiskError("No space left on device")
+
+    monkeypatch.setattr(lmdb, "open", open_)
+    with pytest.raises(lmdb.DiskError):
+        Store(place / REGISTRY)
+    monkeypatch.undo()
+    Store(place / REGISTRY).close()
+
+
+@pytest.mark.parametrize(
+    ("before", "room", "after"),
+    [
+        (1 << 20, 1 << 30, 2 << 20),
+        (64 << 20, 1 << 30, 80 << 20),
+        (64 << 20, 79 << 20, 72 << 20),
+        (1 << 20, (1 << 20) + (1 << 16), (1 << 20) + (1 << 16)),
+        ((1 << 30) - 4096, 1 << 31, 1 << 30),
+    ],
+)
+def test_it_grows_by_a_quarter_or_what_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, before: int, room: int, after: int
+) -> None:
+    def posix_fallocate(_: int, offset: int, length: int) -> None:
+        if offset + length > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
+    assert _larger(0, before) == after
+
+
+def test_nothing_is_left_of_one_that_is_closed(place: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    store = Store(place / REGISTRY)
+    with pytest.raises(BlockingIOError), open(place / REGISTRY) as other, store._alone():
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    store.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_whoever_comes_later_allocates_nothing(place: Path, most: Callable[[int], None]) -> None:
+    Store(place / REGISTRY).close()
+    most(0)
+    Store(place / REGISTRY).close()
+
+
+def test_a_reader_that_was_killed_keeps_no_page(place: Path) -> None:
+    reader, writer = os.pipe()
+    started, ended = os.pipe()
+
+    def hold() -> None:
+        registry = Cursors(place)
+        os.write(ended, b"!")
+        os.read(reader, 1)
+        registry.close()
+
+    def read() -> None:
+        transaction = Cursors(place)._env.begin()
+        os.kill(os.getpid(), signal.SIGKILL)
+        transaction.abort()
+
+    holder = start(hold)  # whoever finds nobody else begins anew
+    os.read(started, 1)
+    assert os.waitpid(start(read), 0)[1] == signal.SIGKILL
+    registry = Cursors(place)
+    assert "no active readers" in registry._env.readers()
+    registry.close()
+    os.write(writer, b"!")
+    assert os.waitpid(holder, 0)[1] == 0
+    for descriptor in (reader, writer, started, ended):
+        os.close(descriptor)
 
 
 def test_a_registry_is_written_to_through_its_map_in_memory_only(place: Path, tmp_path: Path) -> None:
