@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, TypeVar, TypeVarTuple
 
 import lmdb
 
-from pg_ferret.errors import CommandError
+from pg_ferret.errors import CommandError, StateDirError
 from pg_ferret.state.store import Store
 
 _Given = TypeVarTuple("_Given")
@@ -91,7 +91,11 @@ class Cursors:
     """
 
     def __init__(self, place: Path) -> None:
-        self._store = Store(place / REGISTRY)
+        """Raises StateDirError when there is no room."""
+        try:
+            self._store = Store(place / REGISTRY)
+        except (OSError, lmdb.Error) as error:
+            raise StateDirError(f"ferretdb.state_dir: {place}: {error}") from error
         self._env = self._store.environment
         # Cursors are in the main database, by id: the fewer databases a commit changes, the fewer pages it writes.
         self._by_session = self._sessions()

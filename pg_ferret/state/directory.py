@@ -13,12 +13,9 @@ import shutil
 import stat
 from pathlib import Path
 
-import lmdb
-
 from config.settings import Config
 from pg_ferret.errors import StateDirError
 from pg_ferret.state.cursors import FORMAT, REGISTRY
-from pg_ferret.state.store import Store
 
 _IDENTITY = "postmaster"
 # LMDB's table of readers beside the registry: 2,048 of 64 bytes, and its head.
@@ -57,11 +54,8 @@ def prepare(config: Config) -> Path:
             _make_private(place)
             known.write_text(identity)
         _reserve(place)
-        Store(place / REGISTRY).close()
     except OSError as error:
         raise StateDirError(f"ferretdb.state_dir: {place}: {error.strerror or error}") from error
-    except lmdb.Error as error:
-        raise StateDirError(f"ferretdb.state_dir: {place}: {error}") from error
     return place
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import lmdb
 import pytest
 
 from config.settings import Config
@@ -72,16 +71,4 @@ def test_a_link_laid_by_somebody_else_is_not_followed(tmp_path: Path) -> None:
     elsewhere.mkdir()
     directory.path(configured(tmp_path, tmp_path / "data")).symlink_to(elsewhere)
     with pytest.raises(StateDirError, match="belongs to another user"):
-        directory.prepare(configured(tmp_path, tmp_path / "data"))
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), lmdb.DiskError("No space left on device")])
-def test_a_full_file_system_is_told_before_workers_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def store(file: Path) -> None:
-        raise error
-
-    monkeypatch.setattr(directory, "Store", store)
-    with pytest.raises(StateDirError, match=r"ferretdb\.state_dir: .*: No space left on device"):
         directory.prepare(configured(tmp_path, tmp_path / "data"))

@@ -18,7 +18,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from pg_ferret.errors import CommandError
+from pg_ferret.errors import CommandError, StateDirError
 from pg_ferret.state.cursors import REGISTRY, Cursor, Cursors, owner
 from pg_ferret.state.store import Store, _larger, in_memory
 
@@ -192,7 +192,7 @@ def test_where_the_file_system_is_full_open_cursors_go_on_and_end(
 
 def test_a_file_system_without_room_is_told_at_once(place: Path, most: Callable[[int], None]) -> None:
     most(0)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StateDirError, match=r"ferretdb\.state_dir: .*No space left"):
         Cursors(place)
     most(1 << 20)
     registry = Cursors(place)
