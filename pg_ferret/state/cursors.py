@@ -115,7 +115,8 @@ class Cursors:
         """Remember a new cursor; raises CommandError when the registry is full."""
         key = _KEY.pack(cursor_id)
         with self._env.begin(write=True) as transaction:
-            if self._pages(transaction) > _MOST_PART * self._store.pages:
+            used = _pages(transaction.stat()) + _pages(transaction.stat(self._by_session))
+            if used > _MOST_PART * self._store.pages:
                 raise lmdb.MapFullError
             transaction.put(key, _pack(cursor))
             if session := _session(cursor.owner):
@@ -224,10 +225,6 @@ class Cursors:
                 if len(key) == _KEY.size and chosen(record):
                     found.append(_KEY.unpack(key)[0])
         return found, None
-
-    def _pages(self, transaction: lmdb.Transaction) -> int:
-        """How many hold records."""
-        return _pages(transaction.stat()) + _pages(transaction.stat(self._by_session))
 
     def close(self) -> None:
         """Unmap the registry; it goes on to exist for the other workers."""
