@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -73,7 +74,7 @@ def _admitted(request: Request) -> Command:
     if command.admin_only and request.string(b"$db") != b"admin":
         raise CommandError(13, f"{command.name} may only be run against the admin database.")
     if b"maxTimeMS" in request.fields:
-        return command._replace(handler=partial(_limited, command.handler))
+        return replace(command, handler=partial(_limited, command.handler))
     return command
 
 

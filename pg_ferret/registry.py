@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from pg_ferret.state.client import Client
 from pg_ferret.wire.message import Request
@@ -11,7 +11,8 @@ from pg_ferret.wire.message import Request
 Handler = Callable[[Request, Client], Awaitable[bytes]]
 
 
-class Command(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Command:
     """One row: what listCommands tells and what dispatch calls."""
 
     name: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from pg_ferret.errors import CommandError
 from pg_ferret.wire import bson
@@ -20,7 +20,7 @@ _MAX_DATABASE_BYTES = 63
 _MAX_COLLECTION_BYTES = 255
 _MAX_TIMEOUT_MS = 2**31 - 1
 # Values of an _id that one document has at most: a document could be operators, a regular expression matches many.
-_ID_TYPES = frozenset(
+ID_TYPES = frozenset(
     (bson.DOUBLE, bson.STRING, bson.BINARY, bson.OBJECT_ID, bson.BOOL, bson.DATE, bson.INT32, bson.INT64)
 )
 
@@ -59,7 +59,8 @@ def namespace_text(request: Request) -> str:
     return (database(request) + b"." + name).decode("utf-8", "replace")
 
 
-class Namespace(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Namespace:
     """Where to find the namespace in requests of one shape, whose collections' names differ but not in length."""
 
     prefix: bytes  # the database and a dot
@@ -82,7 +83,7 @@ class Namespace(NamedTuple):
 
 def by_id(data: bytes, at: int) -> bool:
     """Whether the condition that begins there is first of all a value of the _id."""
-    return data[at + 5 : at + 9] == b"_id\0" and data[at + 4] in _ID_TYPES
+    return data[at + 5 : at + 9] == b"_id\0" and data[at + 4] in ID_TYPES
 
 
 def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryview:

@@ -57,8 +57,8 @@ async def get_more(request: Request, client: Client) -> bytes:
     cursor = services.cursors.get(cursor_id)
     if cursor is None:
         raise _not_found(cursor_id)
-    cursor_owner, expires, continuation, opened_by = cursor
-    if not cursor_owner.startswith(owner(namespace, client.user)):
+    continuation = cursor.continuation
+    if not cursor.owner.startswith(owner(namespace, client.user)):
         raise _not_the_owner(cursor, cursor_id, namespace)
     body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
     try:
@@ -67,7 +67,7 @@ async def get_more(request: Request, client: Client) -> bytes:
             raise CommandError(175, f"collection dropped or renamed: {namespace.decode('utf-8', 'replace')}")
         if calls.streams(continuation) and services.engine.pages.crowded(services.counters.in_flight - 1):
             # Of about the same cost: as many documents of a result by a find of the same shape, or by the same command.
-            shape = hash((namespace, frame[size_start:size_end], opened_by or continuation[_COMMAND]))
+            shape = hash((namespace, frame[size_start:size_end], cursor.shape or continuation[_COMMAND]))
             read = Shared(calls.GET_MORE, (db, body, continuation), namespace, shape)
             page, following = await services.engine.pages.share(read)
         else:
@@ -81,7 +81,7 @@ async def get_more(request: Request, client: Client) -> bytes:
     if following is None:
         services.cursors.remove([cursor_id])
     else:
-        expires = max(expires, time.time() + services.config.settings.cursor_timeout / 1000)
+        expires = max(cursor.expires, time.time() + services.config.settings.cursor_timeout / 1000)
         services.cursors.advance(cursor_id, cursor, expires, following)
     return page
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from pg_ferret.engine.backend import Backend
@@ -15,7 +16,8 @@ from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
 STALL_SECONDS = 0.1
 
 
-class Shared(NamedTuple):
+@dataclass(slots=True, eq=False)  # one for each request: to make a named tuple takes twice as long
+class Shared:
     """A request that may share a connection."""
 
     call: Call
@@ -92,10 +94,11 @@ AnyLine = TypeVar("AnyLine", bound=Line)
 class Lines(Generic[AnyLine]):
     """The connections of one kind: more than one only if there is work for more."""
 
-    __slots__ = ("_make", "_most", "all")
+    __slots__ = ("_make", "_most", "all", "allowed")
 
     def __init__(self, make: Callable[[Session], AnyLine]) -> None:
         self.all: list[AnyLine] = []
+        self.allowed = False  # whether there may be any
         self._make = make
         self._most = 0
 
@@ -114,11 +117,6 @@ class Lines(Generic[AnyLine]):
         return len(self.all) < self._most
 
     @property
-    def allowed(self) -> bool:
-        """Whether there may be any."""
-        return self._most > 0
-
-    @property
     def busy(self) -> int:
         """How many of them have something to do."""
         return sum(line.busy for line in self.all)
@@ -126,6 +124,7 @@ class Lines(Generic[AnyLine]):
     def allot(self, most: int) -> None:
         """So many there may be; those beyond take nobody any more."""
         self._most = most
+        self.allowed = most > 0
         self._changed()
         for line in self.all[most:]:
             line.retire()

@@ -81,9 +81,8 @@ class PageLine(ReadLine):
             self._dry += 1
             self._starts()
         self._queue.append((read, waiter))
-        call, params, _, _ = read
         try:
-            self._add_call(call, params)
+            self._add_call(read.call, read.params)
             self._sync()
         except psycopg.Error:
             self._end()

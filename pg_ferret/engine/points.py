@@ -60,9 +60,8 @@ class PointLine(ReadLine):
     def add(self, read: Shared) -> asyncio.Future[Row]:
         waiter: asyncio.Future[Row] = self._loop.create_future()
         self._filling.append((read, waiter))
-        call, params, _, _ = read
         try:
-            self._add_call(call, params)
+            self._add_call(read.call, read.params)
         except psycopg.Error:
             self._end()
         if not self._scheduled:

@@ -167,19 +167,16 @@ class Pool:
         """A write that does not stand in line while others are under way, with its last parameter."""
         return self.call(call, params) if self._commits.backend is not None else self._alone(call, params[:-1])
 
-    def _under_way(self) -> int:
-        """Requests that have a connection of their own or wait for one."""
-        flusher = self._commits.backend is not None
-        return len(self._all) - len(self._idle) - flusher + len(self._queue.requests)
-
     def _crowded(self) -> bool:
         """To be asked once for every write: whether it shares; has who flushes found, if that is due."""
-        if not self._duties.crowded(self._under_way()):
+        apart = self._commits.backend is not None
+        # Those that have a connection of their own or wait for one.
+        if not self._duties.crowded(len(self._all) - len(self._idle) - apart + len(self._queue.requests)):
             return False
-        missing = self._duties.missing()
-        if missing is not None:
-            self._want(missing)
-        return missing is None
+        if apart or (missing := self._duties.missing()) is None:
+            return True
+        self._want(missing)
+        return False
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:

@@ -54,33 +54,27 @@ _LOCK_MILLISECONDS: Final = b"30"
 # no dearer than to plan it for each anew, which is a third of an update's work.  What planning costs it reckons by
 # this, in the mean of all plans so far: a process that has taken it for cheap soon learns better.
 _CPU_OPERATOR_COST: Final = b"0.1"
+# The second column of a write that has been made as it was asked for.
+_WELL: Final = b"\x01"
 # Errors that may be the line's own, and of which nothing is left: the lock was not to be had, or it was cancelled.
 _NOT_MADE: Final = (LOCKED, CANCELLED)
 # The same in the engine's writeErrors.
 _WRITE_ERRORS: Final = tuple(b"\x10code\0" + struct.pack("<i", pack(code)) for code in _NOT_MADE)
 
 
-class Shapes:
-    """Which shapes of writes may stand in line: those that have been made before and were not slow lately."""
+class Shapes(dict[int, float]):
+    """Which shapes of writes may stand in line, and from when on: those that have been made and were not slow lately.
 
-    __slots__ = ("_from",)
+    Times are the loop's.
+    """
 
-    def __init__(self) -> None:
-        self._from: dict[int, float] = {}  # shape -> from when on, on the loop's clock
-
-    def known(self, shape: int) -> bool:
-        """Whether a write of this shape has been made."""
-        return shape in self._from
-
-    def may(self, shape: int, now: float) -> bool:
-        """Whether one may stand in line."""
-        return self._from.get(shape, math.inf) <= now
+    __slots__ = ()
 
     def note(self, shape: int, begin: float) -> None:
         """From then on it may."""
-        if len(self._from) >= _MOST_SHAPES:
-            self._from.clear()
-        self._from[shape] = begin
+        if len(self) >= _MOST_SHAPES:
+            self.clear()
+        self[shape] = begin
 
 
 _Waiting = tuple[Shared, asyncio.Future[Row]]
@@ -132,7 +126,7 @@ class WriteLine(Line):
         """Whether a write may join."""
         queue = self.queue
         now = self._loop.time()
-        if self._leaving or self.lost or len(queue) >= _MOST_WAITING or not self._shapes.may(shape, now):
+        if self._leaving or self.lost or len(queue) >= _MOST_WAITING or self._shapes.get(shape, math.inf) > now:
             return False
         if not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS:
             return True
@@ -171,12 +165,12 @@ class WriteLine(Line):
             self._since = self._loop.time()
             self._starts()
         queue.append((write, waiter))
-        call, params, _, _ = write
+        call = write.call
         try:
             if call.name not in self._prepared:
                 self._pg.send_prepare(call.name, call.sql)
                 self._prepared.add(call.name)
-            self._pg.send_query_prepared(call.name, params, call.formats, 1)
+            self._pg.send_query_prepared(call.name, write.params, call.formats, 1)
             self._sync()
         except psycopg.Error:
             self._end()
@@ -205,14 +199,15 @@ class WriteLine(Line):
         now = self._loop.time()
         if now - self._since > slow:
             self._shapes.note(write.shape, now + _BANNED_SECONDS)
-        elif not self._shapes.known(write.shape):  # it had no other way than to join
+        elif write.shape not in self._shapes:  # it had no other way than to join
             self._shapes.note(write.shape, now)
         self._since = now
         if not self.queue:
             self.busy = False
+        well = error is None and (row is None or row[1] == _WELL)
         if waiter.done():
             pass
-        elif write.call is not FLUSH_COMMITS and _not_made(row, error):
+        elif not well and write.call is not FLUSH_COMMITS and _not_made(row, error):
             self._shapes.note(write.shape, now + _BANNED_SECONDS)
             self._leaving |= isinstance(error, EngineError) and error.sqlstate == UNPREPARED
             self._owner.elsewhere(write, waiter)
@@ -277,7 +272,7 @@ def _not_made(row: Row | None, error: Exception | None) -> bool:
     """Whether a write was not made, for a reason that is only the line's."""
     if error is not None:
         return isinstance(error, EngineError) and error.sqlstate in (*_NOT_MADE, UNPREPARED)
-    if row is None or row[1] == b"\x01" or row[0] is None:
+    if row is None or row[1] == _WELL or row[0] is None:
         return False
     return any(code in row[0] for code in _WRITE_ERRORS)
 
@@ -343,19 +338,16 @@ class Writes(Lines[WriteLine]):
             line = self.shortest(other for other in self.all if other.open)
         if line is not None:
             return line.add(write)
-        if self._shapes.known(write.shape):
+        if write.shape in self._shapes:
             return self._apart(write.call, write.params)
         return self._first(write)
 
     def _line_for(self, shape: int) -> WriteLine | None:
         """Of the lines that take a write the first one with room; where none has any, the shortest."""
-        full = []
         for line in self.all:
-            if line.takes(shape):
-                if len(line.queue) < _FULL:
-                    return line
-                full.append(line)
-        return self.shortest(full)
+            if len(line.queue) < _FULL and line.takes(shape):
+                return line
+        return self.shortest([line for line in self.all if line.takes(shape)])
 
     async def _first(self, write: Shared) -> Row:
         """The first of its shape may have a collection made."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from struct import Struct
-from typing import Final, NamedTuple, TypeVar, TypeVarTuple
+from typing import Final, TypeVar, TypeVarTuple
 
 import lmdb
 
@@ -37,7 +38,8 @@ _SWEEP_AT_ONCE: Final = 250
 _BEREFT_SECONDS: Final = 600.0
 
 
-class Cursor(NamedTuple):
+@dataclass(slots=True)  # one for each page: to make a named tuple takes twice as long
+class Cursor:
     """What is needed to go on with a cursor."""
 
     owner: bytes  # see `owner`
@@ -73,13 +75,9 @@ def _growing(use: Callable[[Cursors, *_Given], _Result]) -> Callable[[Cursors, *
     @wraps(use)
     def used(self: Cursors, *given: *_Given) -> _Result:
         try:
-            while True:
-                try:
-                    return use(self, *given)
-                except (lmdb.MapFullError, lmdb.MapResizedError):
-                    self._store.grow()
-        except (lmdb.MapFullError, lmdb.DiskError, OSError) as error:
-            raise _refused(error) from None
+            return use(self, *given)
+        except (lmdb.Error, OSError) as error:
+            return self._grown(error, used, self, *given)
 
     return used
 
@@ -99,6 +97,16 @@ class Cursors:
         self._env = self._store.environment
         # Cursors are in the main database, by id: the fewer databases a commit changes, the fewer pages it writes.
         self._by_session = self._sessions()
+
+    def _grown(self, error: Exception, use: Callable[[*_Given], _Result], *given: *_Given) -> _Result:
+        """The same once more for a use of the registry that has failed because it is too small."""
+        try:
+            if not isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
+                raise error
+            self._store.grow()
+        except (lmdb.MapFullError, lmdb.DiskError, OSError) as failure:
+            raise _refused(failure) from None
+        return use(*given)
 
     @_growing
     def _sessions(self) -> lmdb._Database:
@@ -122,21 +130,24 @@ class Cursors:
             if session := _session(cursor.owner):
                 transaction.put(session, key, db=self._by_session)
 
-    @_growing
+    # This and `get` are used for every page: to be decorated would cost each a tenth more.
     def advance(self, cursor_id: int, cursor: Cursor, expires: float, continuation: bytes) -> bool:
         """Store the new continuation and expiry of a cursor that `get` gave, unless it has ended meanwhile.
 
         Tells whether it lives.
         """
         key = _KEY.pack(cursor_id)
-        cursor_owner, _, _, shape = cursor
-        head = _HEAD.pack(expires, shape, len(cursor_owner)) + cursor_owner
+        cursor_owner = cursor.owner
+        head = _HEAD.pack(expires, cursor.shape, len(cursor_owner)) + cursor_owner
         record = head + continuation
-        with self._env.begin(write=True) as transaction:
-            current = transaction.get(key)
-            if current is None or len(current) == len(head):  # it is bereft
-                return False
-            transaction.put(key, record)
+        try:
+            with self._env.begin(write=True) as transaction:
+                current = transaction.get(key)
+                if current is None or len(current) == len(head):  # it is bereft
+                    return False
+                transaction.put(key, record)
+        except (lmdb.Error, OSError) as error:
+            return self._grown(error, self.advance, cursor_id, cursor, expires, continuation)
         return True
 
     def bereave(self, cursor_ids: list[int]) -> None:
@@ -156,11 +167,13 @@ class Cursors:
                     whose = record[_HEAD_BYTES : _HEAD_BYTES + size]
                     transaction.put(key, _pack(Cursor(whose, min(expires, at_most), b"")))
 
-    @_growing
     def get(self, cursor_id: int) -> Cursor | None:
         """The cursor, or None if it is unknown or has expired."""
-        with self._env.begin() as transaction:
-            record = transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))
+        try:
+            with self._env.begin() as transaction:
+                record = transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))
+        except (lmdb.Error, OSError) as error:
+            return self._grown(error, self.get, cursor_id)
         if record is None:
             return None
         expires, shape, size = _HEAD.unpack_from(record)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -312,7 +313,7 @@ async def test_a_page_in_a_line_may_open_a_cursor(make_pool: MakePool, command: 
     call = calls.FIND if "find" in command else calls.AGGREGATE
     first = Shared(call, (b"line", encode(command | {"$db": "line"})), b"line.c", _PAGE)
     async with make_pool(12) as pool:
-        refused = first._replace(params=(b"line", encode(command | {"nonsense": 1, "$db": "line"})))
+        refused = replace(first, params=(b"line", encode(command | {"nonsense": 1, "$db": "line"})))
         async with asyncio.timeout(PATIENCE_SECONDS):
             while len(pool.pages.all) < 2:
                 await asyncio.gather(*[pool.pages.share(first) for _ in range(9)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -206,13 +207,13 @@ def test_a_second_line_is_no_reason_to_wait_for_a_connection(stage: Stage, free:
 
 def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
     lines, measured = reads(stage, 1, free=False)
-    unknown, slow = (stage.reads[0]._replace(shape=shape) for shape in (3, 4))
+    unknown, slow = (replace(stage.reads[0], shape=shape) for shape in (3, 4))
     stage.costs.note(slow.shape, 1.0, 0.0)
     stage.loop.run(STALL_SECONDS * 0.9)  # late
     assert asyncio.isfuture(lines.share(stage.reads[0]))
     for call in (FIND, FIND_AS_EVER, GET_MORE):
-        assert asyncio.isfuture(lines.share(unknown._replace(call=call)))
-    aggregation = unknown._replace(call=AGGREGATE)
+        assert asyncio.isfuture(lines.share(replace(unknown, call=call)))
+    aggregation = replace(unknown, call=AGGREGATE)
     for read in (slow, aggregation):
         asyncio.run(cast(Any, lines.share(read)))
     assert measured == [slow, aggregation]
@@ -273,7 +274,7 @@ def test_a_line_prepares_each_statement_once() -> None:
     assert isinstance(waiters[0].exception(), EngineError)
     assert all(waiter.result() == (b"page", None) for waiter in waiters[1:])
     assert stage.server.prepared_names == {FIND.name, GET_MORE.name}
-    assert stage.line.takes(reads[1]._replace(shape=_OTHER_SHAPE))
+    assert stage.line.takes(replace(reads[1], shape=_OTHER_SHAPE))
 
 
 def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere() -> None:
@@ -282,7 +283,7 @@ def test_who_waits_for_a_statement_that_cannot_be_prepared_is_served_elsewhere()
     for _ in stage.reads:
         page(stage, 0.0)
     first, second = (Shared(FIND, (b"%d" % number,), b"db.c", _SHAPE) for number in range(2))
-    waiters = stage.line.add(first), stage.line.add(second), stage.line.add(first._replace(call=GET_MORE))
+    waiters = stage.line.add(first), stage.line.add(second), stage.line.add(replace(first, call=GET_MORE))
     stage.server.give(stage.line, refusal(b"3F000"), sync(), refusal(b"26000"), sync())
     stage.server.give(stage.line, prepared(), row(b"page", None), sync())
     assert isinstance(waiters[0].exception(), EngineError)

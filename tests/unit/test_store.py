@@ -11,6 +11,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -97,7 +98,7 @@ def use(place: Path, seed: int, turns: int) -> None:
         elif what < 0.75:
             cursor_id = chance.choice(list(alive))
             assert registry.advance(cursor_id, alive[cursor_id], _NEVER, b"y" * size)
-            alive[cursor_id] = alive[cursor_id]._replace(continuation=b"y" * size)
+            alive[cursor_id] = replace(alive[cursor_id], continuation=b"y" * size)
         elif what < 0.97:
             cursor_id = chance.choice(list(alive))
             del alive[cursor_id]

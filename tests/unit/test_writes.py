@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -257,7 +258,7 @@ def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
     pool = Pool(stage)
     pool.writes.add(cast(Any, stage.server))
     stage.server.give(stage.line, row(b"30", b"0.1"), sync())
-    other = _WRITE._replace(shape=2)
+    other = replace(_WRITE, shape=2)
     asyncio.run(cast(Any, pool.writes.share(other)))
     assert pool.apart == [other.params]
     assert asyncio.isfuture(pool.writes.share(other))
@@ -266,13 +267,13 @@ def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
 def test_a_write_shares_if_there_is_no_other_way(stage: Stage) -> None:
     pool = Pool(stage)
     pool.is_free = False
-    other = _WRITE._replace(shape=2)
+    other = replace(_WRITE, shape=2)
     asyncio.run(cast(Any, pool.writes.share(other)))  # not even a line
     assert pool.apart == [other.params]
     pool.writes.add(cast(Any, stage.server))
     stage.loop.run(0.1)  # it is late, too
     assert asyncio.isfuture(pool.writes.share(_WRITE))
-    assert asyncio.isfuture(pool.writes.share(_WRITE._replace(shape=3)))
+    assert asyncio.isfuture(pool.writes.share(replace(_WRITE, shape=3)))
     stage.server.give(stage.line, row(b"30", b"0.1"), sync(), row(*_DONE), sync(), row(*_DONE), sync())
     assert stage.line.takes(3)
 
