@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import growth, procfs
 from bench.goals import DECISIVE
-from bench.plan import FULL, QUICK, TITLES, Plan, Point
+from bench.plan import FULL, PACE, PACED_BY, QUICK, TITLES, Plan, Point, paced
 from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
@@ -61,17 +61,21 @@ def machine() -> dict[str, str]:
 def measure(targets: list[Target], plan: Plan) -> list[Sample]:
     """All points, all rounds."""
     samples: list[Sample] = []
+    rates: dict[str, float] = {}  # of each target where paced clients take their pace from
     decisive = tuple(point for point in plan.points if (point.op, point.clients) in DECISIVE)
     for number in range(plan.rounds + plan.more):
         for index, point in enumerate(plan.points if number < plan.rounds else decisive):
             able = [target for target in targets if target.can(point)]
             # Whoever comes first finds colder caches: take turns.
             turn = (index + number) % len(able)
+            pace = max(1, round(PACE * min(rates[target.name] for target in able))) if paced(point.op) else 0
             for target in able[turn:] + able[:turn]:
                 if target.name == Pgbench.name and point.clients > _PGBENCH_CLIENTS:
                     continue
-                sample = target.measure(point, plan.seconds)
+                sample = target.measure(point, plan.seconds, pace)
                 samples.append(sample)
+                if point == PACED_BY:
+                    rates[target.name] = sample.ops / sample.seconds if sample.ops else 0.0
                 say(f"{number + 1}/{plan.rounds + plan.more} {_line(sample)}")
     return samples
 
@@ -185,7 +189,8 @@ def main() -> int:
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
     if options.only:
-        points = tuple(point for point in plan.points if point.op in options.only)
+        needed = {PACED_BY} if any(map(paced, options.only)) else set()
+        points = tuple(point for point in plan.points if point.op in options.only or point in needed)
         if not points:
             parser.error(f"none of these is measured here: {' '.join(options.only)}")
         plan = replace(plan, points=points, idle=(), cursors=0, collections=0)

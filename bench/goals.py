@@ -26,7 +26,7 @@ _GOAL_CLIENTS = 0.8
 # Whose operations per second with 256 clients are compared with those of 16.
 _MANY = ("find", "insert")
 # The aggregation takes one of two cores: who sends as fast as it is answered waits longer for that alone.
-BESIDE = {"find-paced": "4,000 a second", "find": "as many as are answered"}
+BESIDE = {"find-paced": "paced", "find": "as many as are answered"}
 # Operations and clients on which a goal depends.
 DECISIVE = frozenset(
     {(op, clients) for op, clients, *_ in _GOALS}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from bench import procfs
-from bench.plan import Point
+from bench.plan import Point, paced
 from dev.cluster import PG_BIN, SERVER_USER, Cluster, answers_hello, free_port, server_user, wait_for
 
 # All targets read and write the same documents: copies, by where they happen to lie in memory, differ by a tenth.
@@ -47,8 +47,9 @@ class Sample:
 class Load:
     """A load generator that has prepared everything and waits for ``go``."""
 
-    def __init__(self, program: Path, uri: str, point: Point, seconds: float) -> None:
-        arguments = ["-uri", uri, "-db", DATABASE, "-op", point.op, "-clients", str(point.clients)]
+    def __init__(self, program: Path, uri: str, point: Point, seconds: float, pace: int) -> None:
+        op = paced(point.op) or point.op
+        arguments = ["-uri", uri, "-db", DATABASE, "-op", op, "-clients", str(point.clients), "-rate", str(pace)]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
             [program, *arguments, "-seconds", str(seconds)],
@@ -115,13 +116,13 @@ class Target:
         command: list[str | Path] = [self.bin_dir / "load", "-setup", "-uri", self.uri, "-db", DATABASE]
         subprocess.run(command, check=True)
 
-    def load(self, point: Point, seconds: float) -> Load:
-        """Start the load generator; it waits for ``run``."""
-        return Load(self.bin_dir / "load", self.uri, point, seconds)
+    def load(self, point: Point, seconds: float, pace: int = 0) -> Load:
+        """Start the load generator; it waits for ``run``, then sends ``pace`` requests a second, if that is not 0."""
+        return Load(self.bin_dir / "load", self.uri, point, seconds, pace)
 
-    def measure(self, point: Point, seconds: float) -> Sample:
+    def measure(self, point: Point, seconds: float, pace: int = 0) -> Sample:
         """One run of one operation."""
-        load = self.load(point, seconds)
+        load = self.load(point, seconds, pace)
         before = self._cpu()
         result = load.run()
         after = self._cpu()
@@ -262,7 +263,7 @@ class Pgbench(Target):
     def setup(self) -> None:
         """It reads what another target has loaded."""
 
-    def measure(self, point: Point, seconds: float) -> Sample:
+    def measure(self, point: Point, seconds: float, pace: int = 0) -> Sample:
         sample = Sample(self.name, point.op, point.clients)
         log = Path(self._directory.name) / "log"
         # pgbench counts whole seconds.

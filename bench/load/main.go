@@ -1,5 +1,5 @@
-// Command load drives one MongoDB server with one operation through the official Go driver: in a closed loop, or at the
-// operation's rate, if it has one.
+// Command load drives one MongoDB server with one operation through the official Go driver: in a closed loop, or at a
+// rate.
 //
 // With -setup it loads the documents that the operations read. Otherwise it connects, prepares, prints "ready", waits
 // for a line on standard input, runs for -seconds, prints one JSON object (type result), and cleans up. Its caller takes
@@ -63,6 +63,7 @@ func run() error {
 	name := flag.String("op", "find", "operation")
 	clients := flag.Int("clients", 16, "concurrent clients")
 	seconds := flag.Float64("seconds", 3, "length of the measurement")
+	rate := flag.Int("rate", 0, "requests that all clients together send a second, answered or not; 0: a closed loop")
 	setup := flag.Bool("setup", false, "load the documents instead")
 	flag.Parse()
 
@@ -90,7 +91,7 @@ func run() error {
 	if !ok {
 		return fmt.Errorf("no operation %q", *name)
 	}
-	if err := report(measure(ctx, db, op, *clients, *seconds)); err != nil {
+	if err := report(measure(ctx, db, op, *clients, *rate, *seconds)); err != nil {
 		return err
 	}
 	if op.cleanup == nil {
@@ -106,8 +107,9 @@ func report(r *result, err error) error {
 	return json.NewEncoder(os.Stdout).Encode(r)
 }
 
-// measure runs one operation in `count` loops for the given time.
-func measure(ctx context.Context, db *mongo.Database, op operation, count int, seconds float64) (*result, error) {
+// measure runs one operation in `count` loops for the given time, at `rate` a second if that is not 0. A client that does
+// something else leaves out its share of them.
+func measure(ctx context.Context, db *mongo.Database, op operation, count, rate int, seconds float64) (*result, error) {
 	if op.prepare != nil {
 		if err := op.prepare(ctx, db, count, seconds); err != nil {
 			return nil, fmt.Errorf("prepare: %w", err)
@@ -139,10 +141,10 @@ func measure(ctx context.Context, db *mongo.Database, op operation, count int, s
 		if op.other != nil && c.number == 0 {
 			step = op.other
 		}
-		paced := op.rate != 0 && (op.other == nil || c.number != 0)
+		paced := rate != 0 && (op.other == nil || c.number != 0)
 		pace := time.Duration(0)
 		if paced {
-			pace = time.Duration(count) * time.Second / time.Duration(op.rate)
+			pace = time.Duration(count) * time.Second / time.Duration(rate)
 		}
 		due := start.Add(pace * time.Duration(c.number) / time.Duration(count))
 		for now := start; now.Before(end); {

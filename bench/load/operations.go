@@ -30,19 +30,14 @@ var errExhausted = errors.New("nothing is left to delete")
 type step func(context.Context, *client) error
 
 // operation is what is measured, and what it needs before and after. other, if set, is what the first client does
-// instead, unmeasured. rate, if set, is how many a second all clients together send; with other, less the first one's
-// share. warm replaces run while connections are opened.
+// instead, unmeasured. warm replaces run while connections are opened.
 type operation struct {
 	run     step
 	warm    step
 	other   step
-	rate    int
 	prepare func(ctx context.Context, db *mongo.Database, clients int, seconds float64) error
 	cleanup func(ctx context.Context, db *mongo.Database) error
 }
-
-// paced is what both gateways can answer while an aggregation takes one of two cores.
-const paced = 4000
 
 var operations = map[string]operation{
 	"ping":              {run: ping},
@@ -64,8 +59,6 @@ var operations = map[string]operation{
 	"insert-1MB":        {run: insertBig, cleanup: drop("inserted")},
 	"find-1MB":          {run: findBig},
 	"find-beside":       {run: find, other: slow},
-	"find-paced":        {run: find, rate: paced},
-	"find-paced-beside": {run: find, other: slow, rate: paced},
 	"find-anywhere":     {run: findAnywhere},
 }
 

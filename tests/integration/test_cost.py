@@ -128,10 +128,9 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "update": {  # 1059
+    "update": {  # 1045
         "commands/arguments.py:Namespace.read": 15,
-        "commands/arguments.py:by_id": 21,
-        "commands/writes.py:_single": 47,
+        "commands/writes.py:_single": 54,
         "commands/writes.py:_write": 113,
         "commands/writes.py:update": 7,
         "connection.py:Connection._receive": 37,
@@ -157,10 +156,9 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 87,
         "wire/message.py:reply": 26,
     },
-    "updateInLine": {  # 1740
+    "updateInLine": {  # 1726
         "commands/arguments.py:Namespace.read": 15,
-        "commands/arguments.py:by_id": 21,
-        "commands/writes.py:_single": 47,
+        "commands/writes.py:_single": 54,
         "commands/writes.py:_write": 113,
         "commands/writes.py:update": 7,
         "connection.py:Connection._receive": 37,
