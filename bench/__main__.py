@@ -68,7 +68,9 @@ def measure(targets: list[Target], plan: Plan) -> list[Sample]:
             able = [target for target in targets if target.can(point)]
             # Whoever comes first finds colder caches: take turns.
             turn = (index + number) % len(able)
-            pace = max(1, round(PACE * min(rates[target.name] for target in able))) if paced(point.op) else 0
+            pace = round(PACE * min(rates[target.name] for target in able)) if paced(point.op) else 0
+            if paced(point.op) and not pace:  # one of them has failed where the pace is taken from
+                continue
             for target in able[turn:] + able[:turn]:
                 if target.name == Pgbench.name and point.clients > _PGBENCH_CLIENTS:
                     continue
@@ -164,6 +166,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
             "rounds": plan.rounds,
             "more": plan.more,
             "seconds": plan.seconds,
+            "pace": PACE,
             "took": round(time.monotonic() - started),
             "fresh_memory": fresh,
             "launcher_memory": launcher,
@@ -184,15 +187,16 @@ def main() -> int:
     parser.add_argument("--bin", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=TITLES, help="these operations, and nothing else")
+    parser.add_argument("--only", nargs="+", choices=TITLES, help="these operations only, and what they are paced by")
     parser.add_argument("--rounds", type=int, help="instead of the plan's")
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
     if options.only:
-        needed = {PACED_BY} if any(map(paced, options.only)) else set()
-        points = tuple(point for point in plan.points if point.op in options.only or point in needed)
+        points = tuple(point for point in plan.points if point.op in options.only)
         if not points:
             parser.error(f"none of these is measured here: {' '.join(options.only)}")
+        if any(paced(point.op) for point in points):
+            points = (PACED_BY, *(point for point in points if point != PACED_BY))
         plan = replace(plan, points=points, idle=(), cursors=0, collections=0)
     if options.rounds:
         plan = replace(plan, rounds=options.rounds, more=0)

@@ -61,8 +61,8 @@ class Plan:
     collections: int = 0
 
 
-# Clients that do not wait for their answers, with "-paced" behind the operation's name, send such a part of what the
-# slower gateway has just answered when they did.
+# Clients of an operation with "-paced" in its name send such a part of what the slower gateway has answered in the same
+# round where each sent its next request when it had its answer.
 PACE = 0.4
 PACED_BY = Point("find", 64)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.figures import cells, ratios_of, slowdowns
 from bench.goals import BESIDE, goals
-from bench.plan import PACE, TITLES
+from bench.plan import TITLES, paced
 from bench.plot import plot
 
 _BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
@@ -89,12 +89,15 @@ def _beside(run: dict[str, Any]) -> list[str]:
             ways.append(f"{way}: " + ", ".join(f"{target} {factor:.2f}" for target, factor in factors.items()))
     if not ways:
         return []
+    paced_by = ""
+    if any(paced(op) for op, _ in cells(run)) and "pace" in run:
+        paced_by = (
+            f" Paced clients send {run['pace']:.0%} of what the slower gateway has answered 64 of them in the same"
+            " round; the time of a request counts from when it was due."
+        )
     return [
         "",
-        f"Paced: clients send {PACE:.0%} of what the slower gateway has answered 64 of them in the same round, whether"
-        " they are answered or not.",
-        "",
-        f"p99 of 63 clients' point reads beside the aggregation, divided by p99 without. {'; '.join(ways)}.",
+        f"p99 of 63 clients' point reads beside the aggregation, divided by p99 without. {'; '.join(ways)}." + paced_by,
     ]
 
 

@@ -85,7 +85,7 @@ class Connection(asyncio.Protocol):
         self._busy = False
         self._draining = False
         self._gone = False  # the client has gone and left unacknowledged writes behind
-        self._leaving = False  # when nothing is left to be answered: because of one of these, or to another worker
+        self._leaving = False  # one of these, or to be handed over: beside them because every request asks
         self._refused = False
         self._touched = True
         self._paused = False
@@ -110,7 +110,7 @@ class Connection(asyncio.Protocol):
         size = len(data)
         self._counters.bytes_in += size
         try:
-            # Nearly always one read is one message; none is as long as a message must not be.
+            # Nearly always one read is one message. It has at most 256 kB, so that its length need not be checked.
             if size >= HEADER_BYTES and self._buffer is None and _length(data) == (size,):
                 self._receive(data)
             else:

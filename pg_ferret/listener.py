@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from pg_ferret.sockets import Plain
 from pg_ferret.status import Kind, Slot, State, StatusTable
 
 _log = structlog.get_logger()
@@ -99,6 +100,7 @@ class Listener:
 
     def _take(self) -> tuple[socket.socket, str] | None:
         client, address = self._socket.accept()
+        client.__class__ = Plain
         return client, peer_text(address or self._socket.getsockname())
 
     def close(self) -> None:
@@ -120,7 +122,7 @@ class Adopter(Listener):
         _, descriptors, _, _ = socket.recv_fds(self._socket, 16, 1, socket.MSG_DONTWAIT)
         if not descriptors:
             return None
-        client = socket.socket(fileno=descriptors[0])
+        client = Plain(fileno=descriptors[0])
         try:
             return client, peer_text(client.getpeername() or client.getsockname())
         except OSError:  # it is gone

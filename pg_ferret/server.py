@@ -31,6 +31,7 @@ from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Adopter, Balance, Listener
 from pg_ferret.parking import Parking
 from pg_ferret.refusal import WAITING_AT_MOST, Refusal
+from pg_ferret.sockets import Plain
 from pg_ferret.state import backlog, directory
 from pg_ferret.state.client import Client, Services
 from pg_ferret.state.cursors import Cursors
@@ -307,7 +308,7 @@ class Worker:
             self._stop.set()
             return
         message = json.loads(data)
-        sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        sockets = [Plain(fileno=descriptor) for descriptor in descriptors]
         for inherited in sockets:
             inherited.setblocking(False)
         if not self._stop.is_set():

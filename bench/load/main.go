@@ -152,6 +152,9 @@ func measure(ctx context.Context, db *mongo.Database, op operation, count, rate 
 			if paced {
 				// A request that is sent late has waited since it was due: whoever takes long is not asked less.
 				then, due = due, due.Add(pace)
+				if !then.Before(end) {
+					return
+				}
 				time.Sleep(time.Until(then))
 			}
 			err := step(ctx, c)

@@ -169,11 +169,11 @@ class Pool:
 
     def _crowded(self) -> bool:
         """To be asked once for every write: whether it shares; has who flushes found, if that is due."""
-        apart = self._commits.backend is not None
+        flusher = self._commits.backend is not None
         # Those that have a connection of their own or wait for one.
-        if not self._duties.crowded(len(self._all) - len(self._idle) - apart + len(self._queue.requests)):
+        if not self._duties.crowded(len(self._all) - len(self._idle) - flusher + len(self._queue.requests)):
             return False
-        if apart or (missing := self._duties.missing()) is None:
+        if flusher or (missing := self._duties.missing()) is None:
             return True
         self._want(missing)
         return False

@@ -269,12 +269,11 @@ class WriteLine(Line):
 
 
 def _not_made(row: Row | None, error: Exception | None) -> bool:
-    """Whether a write was not made, for a reason that is only the line's."""
+    """Whether a write that did not go well was not made, for a reason that is only the line's."""
     if error is not None:
         return isinstance(error, EngineError) and error.sqlstate in (*_NOT_MADE, UNPREPARED)
-    if row is None or row[1] == _WELL or row[0] is None:
-        return False
-    return any(code in row[0] for code in _WRITE_ERRORS)
+    reply = None if row is None else row[0]
+    return reply is not None and any(code in reply for code in _WRITE_ERRORS)
 
 
 class Room(NamedTuple):

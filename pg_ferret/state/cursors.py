@@ -76,7 +76,7 @@ def _growing(use: Callable[[Cursors, *_Given], _Result]) -> Callable[[Cursors, *
     def used(self: Cursors, *given: *_Given) -> _Result:
         try:
             return use(self, *given)
-        except (lmdb.Error, OSError) as error:
+        except lmdb.Error as error:
             return self._grown(error, used, self, *given)
 
     return used
@@ -99,10 +99,15 @@ class Cursors:
         self._by_session = self._sessions()
 
     def _grown(self, error: Exception, use: Callable[[*_Given], _Result], *given: *_Given) -> _Result:
-        """The same once more for a use of the registry that has failed because it is too small."""
+        """The same once more for a use of the registry that has failed because it is too small.
+
+        Raises CommandError if it cannot grow, or the disk has failed; the error itself if it is another one.
+        """
+        if isinstance(error, lmdb.DiskError):
+            raise _refused(error) from None
+        if not isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
+            raise error
         try:
-            if not isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
-                raise error
             self._store.grow()
         except (lmdb.MapFullError, lmdb.DiskError, OSError) as failure:
             raise _refused(failure) from None
@@ -130,7 +135,8 @@ class Cursors:
             if session := _session(cursor.owner):
                 transaction.put(session, key, db=self._by_session)
 
-    # This and `get` are used for every page: to be decorated would cost each a tenth more.
+    # `advance` and `get`, which are used for every page, would cost a tenth more if they were decorated.
+
     def advance(self, cursor_id: int, cursor: Cursor, expires: float, continuation: bytes) -> bool:
         """Store the new continuation and expiry of a cursor that `get` gave, unless it has ended meanwhile.
 
@@ -146,7 +152,7 @@ class Cursors:
                 if current is None or len(current) == len(head):  # it is bereft
                     return False
                 transaction.put(key, record)
-        except (lmdb.Error, OSError) as error:
+        except lmdb.Error as error:
             return self._grown(error, self.advance, cursor_id, cursor, expires, continuation)
         return True
 
@@ -172,7 +178,7 @@ class Cursors:
         try:
             with self._env.begin() as transaction:
                 record = transaction.get(_KEY.pack(cursor_id & 0xFFFFFFFFFFFFFFFF))
-        except (lmdb.Error, OSError) as error:
+        except lmdb.Error as error:
             return self._grown(error, self.get, cursor_id)
         if record is None:
             return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bench.__main__ import measure
 from bench.goals import DECISIVE
-from bench.plan import FULL, PACED_BY, Plan, Point
+from bench.plan import FULL, PACED_BY, QUICK, Plan, Point, paced
 from bench.targets import Sample, Target
 from dev.cluster import Cluster
 
@@ -31,8 +32,16 @@ def test_what_decides_a_goal_is_measured() -> None:
 
 
 def test_paced_clients_send_all_gateways_the_same_part_of_what_the_slower_one_has_answered_in_that_round() -> None:
-    paced = Point("find-paced", 64), Point("find-paced-beside", 64)
-    gateways = [_Gateway("quick", [10_000, 0]), _Gateway("slow", [5_000, 2_000])]
-    measure([*gateways], Plan((PACED_BY, *paced), rounds=2, seconds=1.0, idle=()))
-    assert [gateway.paces for gateway in gateways] == [[0, 2000, 2000, 0, 1, 1]] * 2  # a gateway has failed: no pace
-    assert all(point in FULL.points for point in (PACED_BY, *paced))
+    points = (PACED_BY, Point("find-paced", 64), Point("find-paced-beside", 64))
+    gateways = [_Gateway("quick", [10_000, 0, 4_000]), _Gateway("slow", [5_000, 2_000, 3_000])]
+    measure([*gateways], Plan(points, rounds=3, seconds=1.0, idle=()))
+    # In the second round a gateway has failed.
+    assert [gateway.paces for gateway in gateways] == [[0, 2000, 2000, 0, 0, 1200, 1200]] * 2
+    for plan in (FULL, QUICK):
+        at = [index for index, point in enumerate(plan.points) if paced(point.op)]
+        assert all(index > plan.points.index(PACED_BY) for index in at)
+
+
+def test_the_load_generator_knows_what_is_measured() -> None:
+    known = re.findall(r'^\t"([\w-]+)": +\{run:', Path("bench/load/operations.go").read_text(), re.MULTILINE)
+    assert {paced(point.op) or point.op for plan in (FULL, QUICK) for point in plan.points} <= {*known, "connect"}

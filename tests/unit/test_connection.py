@@ -18,6 +18,8 @@ from pg_ferret.wire.message import Request
 from tests.turns import settle
 from tests.unit.fake_services import Services, message
 
+_DESCRIPTOR = 1000
+
 
 class Transport(asyncio.Transport):
     """Keeps what is written and what was asked of it."""
@@ -28,6 +30,7 @@ class Transport(asyncio.Transport):
         self.closed = False
         self.aborted = False
         self.reading = True
+        self.unsent = 0
 
     def write(self, data: Any) -> None:
         self.written.append(bytes(data))
@@ -48,7 +51,16 @@ class Transport(asyncio.Transport):
         self.reading = True
 
     def get_write_buffer_size(self) -> int:
-        return 100
+        return self.unsent
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self if name == "socket" else default
+
+    def fileno(self) -> int:
+        return _DESCRIPTOR
+
+    def is_closing(self) -> bool:
+        return self.closed
 
     def replies(self) -> list[tuple[int, dict[str, Any]]]:
         """The answered ids and the documents."""
@@ -176,6 +188,8 @@ async def test_a_client_that_goes_away_ends_its_request(gate: asyncio.Event) -> 
         b"GET / HTTP/1.1\r\n\r\n",
         struct.pack("<i", 2**31 - 1),
         struct.pack("<i", -1),
+        struct.pack("<i", 4),
+        struct.pack("<i", 15) + bytes(11),
         struct.pack("<iiii", 16, 1, 0, 2013),
     ],
 )
@@ -246,6 +260,35 @@ async def test_draining_closes_idle_connections_at_once_and_busy_ones_after_thei
     assert busy.transport.closed
 
 
+async def test_a_client_is_handed_over_after_its_answer_if_there_is_still_somebody_to_take_it(
+    gate: asyncio.Event,
+) -> None:
+    _, staying, draining, gone = rigs = [Rig() for _ in range(4)]
+    taken: list[int] = []
+
+    def take(descriptor: int) -> bool:
+        taken.append(descriptor)
+        return True
+
+    for rig in rigs:
+        rig.connection.data_received(message({"slow": 1}, flags=2 if rig is gone else 0))
+        assert not rig.connection.move(take)
+    staying.connection.stay()
+    draining.connection.drain()
+    gone.connection.connection_lost(None)
+    gone.connection.stay()
+    assert (taken, gone.gone) == ([], 0)
+    gate.set()
+    await settle()
+    assert taken == [_DESCRIPTOR]
+    assert [(rig.transport.aborted, rig.transport.closed, rig.gone) for rig in rigs] == [
+        (True, False, 0),
+        (False, False, 0),
+        (False, True, 0),
+        (False, False, 1),
+    ]
+
+
 async def test_a_quiet_connection_is_closed_and_one_in_use_is_not(gate: asyncio.Event) -> None:
     rig = Rig()
     rig.connection.close_if_quiet()
@@ -289,6 +332,7 @@ async def test_what_a_client_holds_is_accounted_for(gate: asyncio.Event) -> None
     gate.set()
     await settle()
     assert backlog.held == 0
+    rig.transport.unsent = 100
     rig.connection.pause_writing()
     assert backlog.held == 100
     rig.connection.connection_lost(None)
@@ -302,3 +346,17 @@ async def test_a_message_that_came_whole_is_not_accounted_for(gate: asyncio.Even
     gate.set()
     await settle()
     assert len(rig.transport.written) == 1
+
+
+async def test_nothing_is_left_of_messages_that_came_together(gate: asyncio.Event) -> None:
+    rig = Rig()
+    rig.connection.data_received(message({"ping": 1}) + message({"ping": 1}))
+    assert rig.services.backlog.held == 0
+    rig.connection.data_received(message({"slow": 1}))
+    rig.connection.data_received(message({"ping": 1}))
+    gate.set()
+    await settle()
+    assert len(rig.transport.written) == 4
+    rig.transport.unsent = 100
+    rig.connection.pause_writing()
+    assert rig.services.backlog.held == 100

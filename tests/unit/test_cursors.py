@@ -6,11 +6,13 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lmdb
 import pytest
 
+from pg_ferret.errors import CommandError
 from pg_ferret.state.cursors import Cursor, Cursors, owner
 
 _SOON = float("inf")
@@ -137,3 +139,35 @@ def test_another_process_sees_them_and_a_killed_writer_harms_nobody(place: Path)
         registry.open(99, cursor())
         assert registry.get(99) == cursor()
         registry.close()
+
+
+class _Failing:
+    """An environment whose transactions fail."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def begin(self, **_: object) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda registry: registry.get(1), lambda registry: registry.advance(1, cursor(), _SOON, b"x"), Cursors.count],
+    ids=["get", "advance", "count"],
+)
+def test_what_fails_is_told_and_no_other_error_is_taken_for_a_full_registry(
+    cursors: Cursors, monkeypatch: pytest.MonkeyPatch, use: Callable[[Cursors], object]
+) -> None:
+    def no_room() -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(cursors._store, "grow", no_room)
+    for error in (lmdb.DiskError("disk"), lmdb.MapFullError("full"), lmdb.MapResizedError("resized")):
+        monkeypatch.setattr(cursors, "_env", _Failing(error))
+        with pytest.raises(CommandError) as refused:
+            use(cursors)
+        assert refused.value.code == 14031
+    monkeypatch.setattr(cursors, "_env", _Failing(lmdb.BadRslotError("slot")))
+    with pytest.raises(lmdb.BadRslotError):
+        use(cursors)

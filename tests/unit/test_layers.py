@@ -17,7 +17,7 @@ PACKAGES = ("pg_ferret", "supervisor", "config")
 # From the bottom up. A module may import from its own unit, except between the units of one row ('|'), and from
 # every row below.
 ROWS = (
-    "config | pg_ferret.errors pg_ferret.codes pg_ferret.status pg_ferret.log pg_ferret",
+    "config | pg_ferret.errors pg_ferret.codes pg_ferret.status pg_ferret.log pg_ferret.sockets pg_ferret",
     "pg_ferret.wire | pg_ferret.engine",
     "pg_ferret.state",
     "pg_ferret.registry",

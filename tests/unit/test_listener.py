@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+from contextlib import closing
+
 import pytest
 
-from pg_ferret.listener import Balance
+from pg_ferret.listener import Adopter, Balance, Listener
 from pg_ferret.status import Kind, State, StatusTable
 
 
@@ -52,3 +56,22 @@ def test_nobody_waits_for_a_worker_that_takes_no_clients(table: StatusTable, cha
     assert Balance(table, 1).ahead()
     table[3].set(**change)
     assert not Balance(table, 1).ahead()
+
+
+@pytest.mark.parametrize("kind", [Listener, Adopter])
+async def test_no_enums_are_made_for_a_client(kind: type[Listener], table: StatusTable) -> None:
+    loop = asyncio.get_running_loop()
+    come: asyncio.Future[socket.socket] = loop.create_future()
+    channel, ours = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server, channel, ours:
+        listening = server if kind is Listener else ours
+        listening.setblocking(False)
+        listener = kind("here", listening, loop, Balance(table, 1), lambda client, _: come.set_result(client))
+        with closing(listener), socket.create_connection(server.getsockname()) as theirs:
+            if kind is Adopter:
+                accepted, _ = server.accept()
+                with accepted:
+                    socket.send_fds(channel, [b"."], [accepted.fileno()])
+            with await asyncio.wait_for(come, 5) as client:
+                assert (client.getpeername(), client.family) == (theirs.getsockname(), socket.AF_INET)
+                assert (type(client.family), type(client.type)) == (int, int)

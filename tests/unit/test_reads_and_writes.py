@@ -136,6 +136,7 @@ def test_everything_else_is_made_apart(command: Document, sequences: list[tuple[
 @pytest.mark.parametrize("size", range(16))
 def test_a_broken_statement_is_left_to_the_engine(size: int) -> None:
     assert run({"update": "c"}, ("updates", statement({"_id": 1})[:size])).apart
+    assert run({"insert": "c"}, ("documents", encode({"_id": 12345})[: min(size, 13)])).apart
 
 
 def test_a_collection_without_a_name_is_refused() -> None:
