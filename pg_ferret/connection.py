@@ -277,8 +277,9 @@ class Connection(asyncio.Protocol):
         self._leave()
 
     def _leave(self) -> None:
-        self._client.services.backlog.hold(self, 0, stuck=False)
-        self._held = False
+        if self._held:
+            self._held = False
+            self._client.services.backlog.hold(self, 0, stuck=False)
         self._closed(self)
 
     def move(self, hand_over: HandOver) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from pg_ferret.sockets import Plain
+from pg_ferret.sockets import plain
 from pg_ferret.status import Kind, Slot, State, StatusTable
 
 _log = structlog.get_logger()
@@ -55,7 +55,7 @@ class Listener:
         accepted: Callable[[socket.socket, str], None],
     ) -> None:
         self.address = address
-        self._socket = listening
+        self._socket = plain(listening)
         self._loop = loop
         self._balance = balance
         self._accepted = accepted
@@ -100,8 +100,7 @@ class Listener:
 
     def _take(self) -> tuple[socket.socket, str] | None:
         client, address = self._socket.accept()
-        client.__class__ = Plain
-        return client, peer_text(address or self._socket.getsockname())
+        return plain(client), peer_text(address or self._socket.getsockname())
 
     def close(self) -> None:
         """Stop accepting; the other workers' sockets stay open."""
@@ -122,7 +121,7 @@ class Adopter(Listener):
         _, descriptors, _, _ = socket.recv_fds(self._socket, 16, 1, socket.MSG_DONTWAIT)
         if not descriptors:
             return None
-        client = Plain(fileno=descriptors[0])
+        client = plain(socket.socket(fileno=descriptors[0]))
         try:
             return client, peer_text(client.getpeername() or client.getsockname())
         except OSError:  # it is gone

@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from pg_ferret.connection import Connection
-from pg_ferret.sockets import Plain
+from pg_ferret.sockets import plain
 
 _log = structlog.get_logger()
 # Whoever has sent nothing from one sweep to the next is quiet.
@@ -121,7 +121,7 @@ class Parking:
         for descriptor, _ in self._epoll.poll(0, _AT_ONCE):
             parked = self._parked[descriptor]
             parked.connection.touch()
-            stirred = Plain(fileno=descriptor)  # first, because it may fail
+            stirred = plain(socket.socket(fileno=descriptor))  # first, because it may fail
             parked.leave()
             self._attach(parked.connection, stirred)
 

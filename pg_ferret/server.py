@@ -31,7 +31,6 @@ from pg_ferret.housekeeping import Housekeeper
 from pg_ferret.listener import Adopter, Balance, Listener
 from pg_ferret.parking import Parking
 from pg_ferret.refusal import WAITING_AT_MOST, Refusal
-from pg_ferret.sockets import Plain
 from pg_ferret.state import backlog, directory
 from pg_ferret.state.client import Client, Services
 from pg_ferret.state.cursors import Cursors
@@ -86,7 +85,7 @@ class Worker:
         self._arriving: set[asyncio.Task[None]] = set()
         self._listeners: dict[str, Listener] = {}
         self._accepted = 0
-        self._number = 0
+        self._number = boot.slot  # of the latest client
         self._most_clients = 0
         self._peak = 0  # clients with a transport at a time, since memory was given back
         self._trim_at = 0.0  # on the loop's clock: when memory is given back at the latest
@@ -166,11 +165,10 @@ class Worker:
 
     def _adopt(self, accepted: socket.socket, peer: str) -> None:
         """Serve a client, a new one or another worker's."""
-        self._number += 1
+        self._number += len(self._boot.status)
         self._count(+1)
         # Unique among the connections that are open at the same time.
-        connection_id = (self._number * len(self._boot.status) + self._boot.slot) & 0x7FFFFFFF
-        client = Client(self._services, connection_id, peer)
+        client = Client(self._services, self._number & 0x7FFFFFFF, peer)
         connection = Connection(client, self._loop, self._when_left)
         self._clients.add(connection)
         self._connect(connection, accepted)
@@ -223,7 +221,7 @@ class Worker:
 
     def _count(self, change: int) -> None:
         # At once, not with the next heartbeat: the balance between workers depends on it.
-        self._slot.set(connections=self._slot.get("connections") + change)
+        self._slot.add("connections", change)
 
     async def _drain(self) -> None:
         """Accept nobody and let every client go.
@@ -308,7 +306,7 @@ class Worker:
             self._stop.set()
             return
         message = json.loads(data)
-        sockets = [Plain(fileno=descriptor) for descriptor in descriptors]
+        sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
         for inherited in sockets:
             inherited.setblocking(False)
         if not self._stop.is_set():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import socket
 
 
-class Plain(socket.socket):
-    """A socket that tells family and type as the numbers they are.
-
-    The event loop asks for them five times for each client that connects; to make enums of them took longer than
-    accept() itself.
-    """
-
+class _Plain(socket.socket):
     __slots__ = ()
     family = socket.SocketType.family  # type: ignore[assignment]
     type = socket.SocketType.type  # type: ignore[assignment]
+
+
+def plain(sock: socket.socket) -> socket.socket:
+    """The same socket, which from now on tells family and type as the numbers they are.
+
+    For each client that connects they are looked at five times; to make enums of them took longer than accept().
+    """
+    sock.__class__ = _Plain
+    return sock

@@ -84,6 +84,10 @@ class Slot:
         for name, value in values.items():
             self._numbers[_INDEX[name]] = value
 
+    def add(self, name: str, change: int) -> None:
+        """Change a number that only one process stores."""
+        self._numbers[_INDEX[name]] += change
+
     def beat(self) -> None:
         """Say that this process's loop is turning."""
         self._numbers[_INDEX["heartbeat"]] = time.monotonic_ns()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import cache
 
 from bson import encode
 
@@ -33,17 +34,25 @@ _CONSTANT = encode(
 _HELLO_OK = bson.boolean(b"helloOk", True)
 
 
+@cache
+def _around(primary_field: bytes, read_only: bool, hello_ok: bool) -> tuple[bytes, bytes]:
+    """What precedes and what follows `_own` in a greeting."""
+    head = bson.boolean(primary_field, not read_only) + (_HELLO_OK if hello_ok else b"") + _CONSTANT
+    own = _own(0, 0)
+    whole = bson.document(head, own, bson.boolean(b"readOnly", read_only), bson.OK)
+    at = whole.index(own)
+    return whole[:at], whole[at + len(own) :]
+
+
+def _own(milliseconds: int, connection_id: int) -> bytes:
+    """What differs from greeting to greeting, though not in length."""
+    return bson.date(b"localTime", milliseconds) + bson.int32(b"connectionId", connection_id)
+
+
 def _greeting(primary_field: bytes, request: Request, client: Client) -> bytes:
     read_only = client.services.config.server.in_recovery
-    return bson.document(
-        bson.boolean(primary_field, not read_only),
-        _HELLO_OK if request.true(b"helloOk") else b"",
-        _CONSTANT,
-        bson.date(b"localTime", time.time_ns() // 1_000_000),
-        bson.int32(b"connectionId", client.connection_id),
-        bson.boolean(b"readOnly", read_only),
-        bson.OK,
-    )
+    head, tail = _around(primary_field, read_only, request.true(b"helloOk"))
+    return head + _own(time.time_ns() // 1_000_000, client.connection_id) + tail
 
 
 @command("hello", help="Describes this server to a driver.")

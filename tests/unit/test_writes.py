@@ -559,3 +559,11 @@ def test_who_does_not_wait_any_more_is_no_harm(flushes: Flushes) -> None:
     flushes.loop.run()
     flushes.answer(row(b""))
     assert waits.done()
+
+
+def test_only_so_many_shapes_are_remembered() -> None:
+    shapes = Shapes()
+    for shape in range(20_001):
+        shapes.note(shape, 0.0)
+    assert len(shapes) <= 10_000
+    assert 20_000 in shapes
