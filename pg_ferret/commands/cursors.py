@@ -60,7 +60,7 @@ async def get_more(request: Request, client: Client) -> bytes:
     continuation = cursor.continuation
     if not cursor.owner.startswith(owner(namespace, client.user)):
         raise _not_the_owner(cursor, cursor_id, namespace)
-    body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
+    body = spec(request) if place is None or request.sequences else frame[place]
     try:
         if not continuation:
             services.cursors.remove([cursor_id])

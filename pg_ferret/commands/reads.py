@@ -71,7 +71,7 @@ async def find(request: Request, client: Client) -> bytes:
     db, named, place, (kind, start, end), point, whole, limit, sized, values = known
     namespace = named.read(request)
     frame = request.frame
-    body = spec(request) if place is None or request.sequences else memoryview(frame)[place]
+    body = spec(request) if place is None or request.sequences else frame[place]
     services = client.services
     engine = services.engine
     # What finds one document at most opens a cursor only from a view that has many of the same _id.

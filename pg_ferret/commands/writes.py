@@ -71,13 +71,14 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
         if memo is not None:
             memo["write"] = known
     db, place, named = known
+    small = len(request.frame) <= _SMALL_BYTES
     sequence = sequences.get(statements)
     if place is None or len(sequences) > (sequence is not None):
         body = spec(request, besides=statements)
     else:
-        body = memoryview(request.frame)[place]
+        body = request.frame[place] if small else memoryview(request.frame)[place]
     engine = client.services.engine
-    if named is not None and len(request.frame) <= _SMALL_BYTES and _single(request, statements, sequence):
+    if small and named is not None and _single(request, statements, sequence):
         namespace = named.read(request)
         params = (db, body, sequence, calls.TRUE)
         answer = engine.writes.share(Shared(call, params, namespace, hash((call.name, namespace))))
@@ -97,7 +98,7 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
     return await write_errors.rebuild(reply, statements, request, client)
 
 
-def _single(request: Request, statements: bytes, sequence: memoryview | None) -> bool:
+def _single(request: Request, statements: bytes, sequence: bytes | memoryview | None) -> bool:
     """Whether it is one document to insert, or one statement for a change of one document by its _id."""
     data: bytes | memoryview
     if sequence is not None:

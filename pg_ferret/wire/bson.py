@@ -186,12 +186,13 @@ def read_int64s(data: bytes, span: Span) -> list[int] | None:
     return [_INT64.unpack_from(data, value[1])[0] for value in values]
 
 
-def split_sequence(data: memoryview) -> Iterator[memoryview]:
+def split_sequence(data: bytes | memoryview) -> Iterator[memoryview]:
     """The documents of a sequence (documents one behind the other); raises InvalidBSONError."""
+    view = memoryview(data)
     position, limit = 0, len(data)
     while position < limit:
         end = document_end(data, position, limit)
-        yield data[position:end]
+        yield view[position:end]
         position = end
 
 

@@ -146,7 +146,7 @@ def check_without(body: bytes, data: bytes, fields: dict[bytes, bson.Span]) -> N
         break
 
 
-def check_sequence(content: memoryview) -> None:
+def check_sequence(content: bytes | memoryview) -> None:
     """The documents of a sequence are the sequence, one behind the other."""
     try:
         documents = list(bson.split_sequence(content))
