@@ -69,7 +69,8 @@ def measure(targets: list[Target], plan: Plan) -> list[Sample]:
             # Whoever comes first finds colder caches: take turns.
             turn = (index + number) % len(able)
             pace = round(PACE * min(rates[target.name] for target in able)) if paced(point.op) else 0
-            if paced(point.op) and not pace:  # one of them has failed where the pace is taken from
+            if paced(point.op) and not pace:
+                say(f"{number + 1}/{plan.rounds + plan.more} {TITLES[point.op]}: skipped, no pace: see above")
                 continue
             for target in able[turn:] + able[:turn]:
                 if target.name == Pgbench.name and point.clients > _PGBENCH_CLIENTS:

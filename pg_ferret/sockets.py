@@ -12,7 +12,7 @@ class _Plain(socket.socket):
 
 
 def plain(sock: socket.socket) -> socket.socket:
-    """The same socket, which from now on tells family and type as the numbers they are.
+    """The same socket, of no derived class, which from now on tells family and type as the numbers they are.
 
     For each client that connects they are looked at five times; to make enums of them took longer than accept().
     """

@@ -16,7 +16,7 @@ from pg_ferret.registry import command
 from pg_ferret.state.client import Client, Services
 from pg_ferret.state.cursors import Cursor, owner
 from pg_ferret.wire import bson
-from pg_ferret.wire.message import Request
+from pg_ferret.wire.message import Request, piece
 
 # The engine's CursorNotFound: its file has gone.
 _GONE = "M000E"
@@ -60,7 +60,7 @@ async def get_more(request: Request, client: Client) -> bytes:
     continuation = cursor.continuation
     if not cursor.owner.startswith(owner(namespace, client.user)):
         raise _not_the_owner(cursor, cursor_id, namespace)
-    body = spec(request) if place is None or request.sequences else frame[place]
+    body = spec(request) if place is None or request.sequences else piece(frame, place)
     try:
         if not continuation:
             services.cursors.remove([cursor_id])

@@ -18,7 +18,7 @@ from pg_ferret.registry import command
 from pg_ferret.state.client import Client
 from pg_ferret.state.cursors import Cursor, owner
 from pg_ferret.wire import bson
-from pg_ferret.wire.message import Request
+from pg_ferret.wire.message import Request, piece
 
 _FLAGS = frozenset((b"tailable", b"singleBatch"))
 # What a page costs depends on these, beside the filter.
@@ -71,7 +71,7 @@ async def find(request: Request, client: Client) -> bytes:
     db, named, place, (kind, start, end), point, whole, limit, sized, values = known
     namespace = named.read(request)
     frame = request.frame
-    body = spec(request) if place is None or request.sequences else frame[place]
+    body = spec(request) if place is None or request.sequences else piece(frame, place)
     services = client.services
     engine = services.engine
     # What finds one document at most opens a cursor only from a view that has many of the same _id.

@@ -19,7 +19,7 @@ from pg_ferret.errors import EngineError
 from pg_ferret.registry import command
 from pg_ferret.state.client import Client
 from pg_ferret.wire import bson
-from pg_ferret.wire.message import Request
+from pg_ferret.wire.message import Request, piece
 
 # A findAndModify that found its document and changed nothing: the engine says that it found none.
 _FOUND_NOTHING = b"\x10n\0\0\0\0\0\x08updatedExisting\0\0\0\x03value\0"
@@ -71,14 +71,13 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
         if memo is not None:
             memo["write"] = known
     db, place, named = known
-    small = len(request.frame) <= _SMALL_BYTES
     sequence = sequences.get(statements)
     if place is None or len(sequences) > (sequence is not None):
         body = spec(request, besides=statements)
     else:
-        body = request.frame[place] if small else memoryview(request.frame)[place]
+        body = piece(request.frame, place)
     engine = client.services.engine
-    if small and named is not None and _single(request, statements, sequence):
+    if named is not None and len(request.frame) <= _SMALL_BYTES and _single(request, statements, sequence):
         namespace = named.read(request)
         params = (db, body, sequence, calls.TRUE)
         answer = engine.writes.share(Shared(call, params, namespace, hash((call.name, namespace))))

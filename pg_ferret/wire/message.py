@@ -80,7 +80,15 @@ class Request:
         return span is not None and bson.read_bool(self.frame, span)
 
 
+# A piece of a message of so many bytes is copied in less time than a view of it is made.
 _COPIED_BYTES: Final = 4096
+
+
+def piece(frame: bytes, place: slice) -> bytes | memoryview:
+    """A part of a frame, to be handed on."""
+    return frame[place] if len(frame) <= _COPIED_BYTES else memoryview(frame)[place]
+
+
 _PLAIN: Final = b"\0\0\0\0\0"  # no flags, and a section of kind 0
 _NO_SEQUENCES: dict[bytes, bytes | memoryview] = {}
 
@@ -253,13 +261,10 @@ def _parse_sections(request: Request, frame: bytes, limit: int) -> None:
 def _sequences(frame: bytes, position: int, limit: int) -> dict[bytes, bytes | memoryview]:
     """What follows a body that came first: document sequences and nothing else."""
     if frame[position] == 1 and limit - position > 5 and _int32(frame, position + 1)[0] == limit - position - 1:
-        # Nearly always a single one. A copy of a small one is made in less time than a view.
+        # Nearly always a single one.
         name_end = frame.find(0, position + 5, limit)
         if name_end > 0:
-            name = frame[position + 5 : name_end]
-            if limit <= _COPIED_BYTES:
-                return {name: frame[name_end + 1 : limit]}
-            return {name: memoryview(frame)[name_end + 1 : limit]}
+            return {frame[position + 5 : name_end]: piece(frame, slice(name_end + 1, limit))}
     sequences: dict[bytes, bytes | memoryview] = {}
     while position < limit:
         if frame[position] == 0:

@@ -40,7 +40,7 @@ NewCluster = Callable[..., Cluster]
 TOLERANCE = 0.05
 # Instructions of CPython 3.14 for one request, by function.
 INSTRUCTIONS: dict[str, dict[str, int]] = {
-    "ping": {  # 376
+    "ping": {  # 374
         "commands/handshake.py:ping": 3,
         "connection.py:Connection._receive": 39,
         "connection.py:Connection._serve": 73,
@@ -51,10 +51,10 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "find": {  # 947
+    "find": {  # 956
         "commands/arguments.py:Namespace.read": 15,
         "commands/reads.py:_page": 13,
-        "commands/reads.py:find": 131,
+        "commands/reads.py:find": 130,
         "connection.py:Connection._receive": 37,
         "connection.py:Connection._serve": 76,
         "connection.py:Connection.data_received": 37,
@@ -73,13 +73,14 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/shared.py:Reads.share": 18,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:parse": 86,
+        "wire/message.py:piece": 10,
         "wire/message.py:reply": 26,
     },
-    "page": {  # 972
+    "page": {  # 981
         "commands/arguments.py:Namespace.read": 15,
         "commands/arguments.py:by_id": 21,
         "commands/reads.py:_page": 13,
-        "commands/reads.py:find": 144,
+        "commands/reads.py:find": 143,
         "connection.py:Connection._receive": 37,
         "connection.py:Connection._serve": 76,
         "connection.py:Connection.data_received": 37,
@@ -98,12 +99,13 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/bson.py:read_int": 17,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:parse": 86,
+        "wire/message.py:piece": 10,
         "wire/message.py:reply": 26,
     },
-    "insert": {  # 1022
+    "insert": {  # 1042
         "commands/arguments.py:Namespace.read": 15,
         "commands/writes.py:_single": 31,
-        "commands/writes.py:_write": 113,
+        "commands/writes.py:_write": 112,
         "commands/writes.py:insert": 7,
         "connection.py:Connection._receive": 37,
         "connection.py:Connection._serve": 76,
@@ -124,14 +126,15 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/pool.py:Pool.size": 9,
         "engine/writes.py:Writes.share": 17,
         "wire/message.py:Shapes.find": 37,
-        "wire/message.py:_sequences": 55,
+        "wire/message.py:_sequences": 56,
         "wire/message.py:parse": 87,
+        "wire/message.py:piece": 20,
         "wire/message.py:reply": 26,
     },
-    "update": {  # 1045
+    "update": {  # 1065
         "commands/arguments.py:Namespace.read": 15,
         "commands/writes.py:_single": 54,
-        "commands/writes.py:_write": 113,
+        "commands/writes.py:_write": 112,
         "commands/writes.py:update": 7,
         "connection.py:Connection._receive": 37,
         "connection.py:Connection._serve": 76,
@@ -152,14 +155,15 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/pool.py:Pool.size": 9,
         "engine/writes.py:Writes.share": 17,
         "wire/message.py:Shapes.find": 37,
-        "wire/message.py:_sequences": 55,
+        "wire/message.py:_sequences": 56,
         "wire/message.py:parse": 87,
+        "wire/message.py:piece": 20,
         "wire/message.py:reply": 26,
     },
-    "updateInLine": {  # 1726
+    "updateInLine": {  # 1746
         "commands/arguments.py:Namespace.read": 15,
         "commands/writes.py:_single": 54,
-        "commands/writes.py:_write": 113,
+        "commands/writes.py:_write": 112,
         "commands/writes.py:update": 7,
         "connection.py:Connection._receive": 37,
         "connection.py:Connection._serve": 76,
@@ -196,13 +200,14 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/writes.py:Writes.share": 31,
         "engine/writes.py:Writes.waiting": 19,
         "wire/message.py:Shapes.find": 37,
-        "wire/message.py:_sequences": 55,
+        "wire/message.py:_sequences": 56,
         "wire/message.py:parse": 87,
+        "wire/message.py:piece": 20,
         "wire/message.py:reply": 26,
     },
-    "getMore": {  # 1138
+    "getMore": {  # 1146
         "commands/arguments.py:Namespace.read": 15,
-        "commands/cursors.py:get_more": 169,
+        "commands/cursors.py:get_more": 167,
         "connection.py:Connection._receive": 37,
         "connection.py:Connection._serve": 76,
         "connection.py:Connection.data_received": 37,
@@ -227,6 +232,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "state/cursors.py:owner": 6,
         "wire/message.py:Shapes.find": 37,
         "wire/message.py:parse": 86,
+        "wire/message.py:piece": 10,
         "wire/message.py:reply": 26,
     },
 }

@@ -410,3 +410,18 @@ def test_a_write_is_made_again_until_its_time_is_over(monkeypatch: pytest.Monkey
     assert len(run(CHANGES[0] | {"maxTimeMS": 5000}, failures=failures).apart) == 5
     with pytest.raises(CommandError, match="exceeded time limit"):
         run(CHANGES[0] | {"maxTimeMS": 2000}, failures=failures)
+
+
+@pytest.mark.parametrize(
+    ("command", "sequences"),
+    [
+        ({"find": "c", "filter": {"a": "x" * 5000}}, []),
+        ({"insert": "c", "documents": [{"a": "x" * 5000}]}, []),
+        ({"insert": "c"}, [("documents", encode({"a": "x" * 5000}))]),
+    ],
+)
+def test_what_is_large_is_not_copied(command: Document, sequences: list[tuple[str, bytes]]) -> None:
+    (params,) = run(command, *sequences).apart
+    large = max((param for param in params if param is not None), key=len)
+    assert len(large) > 5000
+    assert isinstance(large, memoryview)
