@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.figures import cells, ratios_of, slowdowns
 from bench.goals import BESIDE, goals
-from bench.plan import TITLES, paced
+from bench.plan import PACED_BY, TITLES, paced
 from bench.plot import plot
 
 _BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
@@ -92,8 +92,8 @@ def _beside(run: dict[str, Any]) -> list[str]:
     paced_by = ""
     if any(paced(op) for op, _ in cells(run)) and "pace" in run:
         paced_by = (
-            f" Paced clients send {run['pace']:.0%} of what the slower gateway has answered 64 of them in the same"
-            " round; the time of a request counts from when it was due."
+            f" Paced clients send {run['pace']:.0%} of what the slower gateway has answered"
+            f" {PACED_BY.clients} of them in the same round; the time of a request counts from when it was due."
         )
     return [
         "",

@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections import deque
 from collections.abc import Callable, Coroutine
-from struct import Struct
 from typing import Any, cast
 
 import structlog
@@ -14,7 +13,7 @@ import structlog
 from pg_ferret.dispatch import describe, respond
 from pg_ferret.errors import ProtocolError
 from pg_ferret.state.client import Client
-from pg_ferret.wire.message import HEADER_BYTES, frame_length, reply_head
+from pg_ferret.wire.message import frame_length, reply_head
 
 _log = structlog.get_logger()
 # Sends a descriptor to the other workers; False if that is not possible now.
@@ -27,7 +26,6 @@ _NOBODY = asyncio.Protocol()
 _AHEAD = 4
 # After so many answers without a wait, let the other clients have a turn.
 _TURN = 16
-_length = Struct("<i").unpack_from  # a message begins with it
 
 
 if sys.version_info >= (3, 12):
@@ -63,7 +61,6 @@ class Connection(asyncio.Protocol):
         "_gone",
         "_hand_over",
         "_held",
-        "_leaving",
         "_loop",
         "_need",
         "_paused",
@@ -85,7 +82,6 @@ class Connection(asyncio.Protocol):
         self._busy = False
         self._draining = False
         self._gone = False  # the client has gone and left unacknowledged writes behind
-        self._leaving = False  # one of these, or to be handed over: beside them because every request asks
         self._refused = False
         self._touched = True
         self._paused = False
@@ -107,11 +103,10 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        size = len(data)
-        self._counters.bytes_in += size
+        self._counters.bytes_in += len(data)
         try:
-            # Nearly always one read is one message. It has at most 256 kB, so that its length need not be checked.
-            if size >= HEADER_BYTES and self._buffer is None and _length(data) == (size,):
+            # Nearly always one read is one message.
+            if self._buffer is None and len(data) >= 4 and frame_length(data) == len(data):
                 self._receive(data)
             else:
                 self._assemble(data)
@@ -213,7 +208,7 @@ class Connection(asyncio.Protocol):
             self._serving = 0
             if self._held:
                 self._account()
-        if self._leaving:
+        if self._draining or self._gone or self._hand_over is not None:
             self._depart(transport)
 
     def _depart(self, transport: asyncio.Transport) -> None:
@@ -265,7 +260,7 @@ class Connection(asyncio.Protocol):
             self._writable = None
         if self._task is not None and _silent(self._frame):
             # An unacknowledged write: drivers close behind it.  It is made, and so are those that came after it.
-            self._gone = self._leaving = True
+            self._gone = True
             self._ahead = deque(filter(_silent, self._ahead or ()))
             self._account()
             return
@@ -288,7 +283,6 @@ class Connection(asyncio.Protocol):
         The client notices nothing: what it has sent and we have not read, the other one reads.
         """
         self._hand_over = hand_over
-        self._leaving = True
         transport = self._resting()
         if transport is None or not hand_over(transport.get_extra_info("socket").fileno()):
             return False
@@ -321,7 +315,6 @@ class Connection(asyncio.Protocol):
     def stay(self) -> None:
         """Forget ``move``: there is nobody to go to."""
         self._hand_over = None
-        self._leaving = self._draining or self._gone
 
     def quiet(self) -> bool:
         """Whether nothing has come since this was last asked and nothing is to be answered."""
@@ -341,7 +334,7 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Finish the request at hand, then close."""
-        self._draining = self._leaving = True
+        self._draining = True
         if not self._busy and self._transport is not None:
             self._transport.close()
 

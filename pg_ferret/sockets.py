@@ -7,6 +7,7 @@ import socket
 
 class _Plain(socket.socket):
     __slots__ = ()
+    # The numbers, where the class promises enums of them.
     family = socket.SocketType.family  # type: ignore[assignment]
     type = socket.SocketType.type  # type: ignore[assignment]
 

@@ -20,7 +20,7 @@ _MAX_DATABASE_BYTES = 63
 _MAX_COLLECTION_BYTES = 255
 _MAX_TIMEOUT_MS = 2**31 - 1
 # Values of an _id that one document has at most: a document could be operators, a regular expression matches many.
-ID_TYPES = frozenset(
+_ID_TYPES = frozenset(
     (bson.DOUBLE, bson.STRING, bson.BINARY, bson.OBJECT_ID, bson.BOOL, bson.DATE, bson.INT32, bson.INT64)
 )
 
@@ -83,7 +83,7 @@ class Namespace:
 
 def by_id(data: bytes, at: int) -> bool:
     """Whether the condition that begins there is first of all a value of the _id."""
-    return data[at + 5 : at + 9] == b"_id\0" and data[at + 4] in ID_TYPES
+    return data[at + 5 : at + 9] == b"_id\0" and data[at + 4] in _ID_TYPES
 
 
 def spec(request: Request, *, besides: bytes | None = None) -> bytes | memoryview:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable
-from struct import Struct
 from typing import NamedTuple
 
 from pg_ferret.commands import documents, retries, upserts, write_errors
-from pg_ferret.commands.arguments import ID_TYPES, Namespace, as_it_came, by_id, collection, database, spec
+from pg_ferret.commands.arguments import Namespace, as_it_came, by_id, collection, database, spec
 from pg_ferret.commands.duplicates import Keys
 from pg_ferret.commands.statements import Statement
 from pg_ferret.engine import calls
@@ -27,9 +26,8 @@ _FOUND_ONE = b"\x10n\0\1\0\0\0\x08updatedExisting\0\1\0\x03value\0"
 _HEAD_BYTES = 100
 # Of how many bytes the message of a write that may share a connection may be.
 _SMALL_BYTES = 4096
-_int32 = Struct("<i").unpack_from
-# Of a statement {q: {_id: …: its length, the first field, and of the first condition type and name.
-_STATEMENT = Struct("<i3s4xB4s")
+# Of a statement that finds its document by _id: {q: {_id: …
+_STATEMENT_HEAD_BYTES = 16
 # Of an array: its first item, a document.
 _FIRST_ITEM = b"\x030\0"
 # With it there may be several documents of the same _id.
@@ -99,21 +97,17 @@ async def _write(call: calls.Call, statements: bytes, request: Request, client: 
 
 def _single(request: Request, statements: bytes, sequence: bytes | memoryview | None) -> bool:
     """Whether it is one document to insert, or one statement for a change of one document by its _id."""
-    data: bytes | memoryview
     if sequence is not None:
-        data, at, size = sequence, 0, len(sequence)
+        head, size = bytes(sequence[:_STATEMENT_HEAD_BYTES]), len(sequence)
     else:
         kind, start, end = request.fields.get(statements, bson.MISSING)
         at = start + len(_FIRST_ITEM) + 4
         if kind != bson.ARRAY or request.frame[start + 4 : at] != _FIRST_ITEM:
             return False
-        data, size = request.frame, end - 1 - at
-    if statements == b"documents":
-        return size >= 4 and _int32(data, at) == (size,)
-    if size < _STATEMENT.size:
+        head, size = request.frame[at : at + _STATEMENT_HEAD_BYTES], end - 1 - at
+    if size < 4 or int.from_bytes(head[:4], "little") != size:
         return False
-    length, field, kind, name = _STATEMENT.unpack_from(data, at)
-    return length == size and field == b"\x03q\0" and name == b"_id\0" and kind in ID_TYPES
+    return statements == b"documents" or (head[4:7] == b"\x03q\0" and by_id(head, 7))
 
 
 @command("findAndModify", "findandmodify", help="Updates or deletes one document and returns it.")

@@ -94,11 +94,10 @@ AnyLine = TypeVar("AnyLine", bound=Line)
 class Lines(Generic[AnyLine]):
     """The connections of one kind: more than one only if there is work for more."""
 
-    __slots__ = ("_make", "_most", "all", "allowed")
+    __slots__ = ("_make", "_most", "all")
 
     def __init__(self, make: Callable[[Session], AnyLine]) -> None:
         self.all: list[AnyLine] = []
-        self.allowed = False  # whether there may be any
         self._make = make
         self._most = 0
 
@@ -117,6 +116,11 @@ class Lines(Generic[AnyLine]):
         return len(self.all) < self._most
 
     @property
+    def allowed(self) -> bool:
+        """Whether there may be any."""
+        return self._most > 0
+
+    @property
     def busy(self) -> int:
         """How many of them have something to do."""
         return sum(line.busy for line in self.all)
@@ -124,7 +128,6 @@ class Lines(Generic[AnyLine]):
     def allot(self, most: int) -> None:
         """So many there may be; those beyond take nobody any more."""
         self._most = most
-        self.allowed = most > 0
         self._changed()
         for line in self.all[most:]:
             line.retire()

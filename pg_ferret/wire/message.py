@@ -287,7 +287,7 @@ def _add_sequence(sequences: dict[bytes, bytes | memoryview], frame: bytes, posi
     name = frame[position + 4 : name_end]
     if name in sequences:
         raise ProtocolError("OP_MSG has two document sequences of the same name")
-    sequences[name] = memoryview(frame)[name_end + 1 : end]
+    sequences[name] = piece(frame, slice(name_end + 1, end))
     return end
 
 
