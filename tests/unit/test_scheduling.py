@@ -48,6 +48,21 @@ def test_a_process_that_has_ended_is_passed_over(pid: int) -> None:
     assert work_of(process.pid) is None
 
 
+def test_of_its_own_work_the_file_stays_open_and_no_other(pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for(lambda: work_of(pid))
+    work_of(os.getpid())
+    before = os.listdir("/proc/self/fd")
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    for other in (pid, process.pid):
+        work_of(other)
+    assert os.listdir("/proc/self/fd") == before
+    monkeypatch.setattr(os, "open", None)
+    first = work_of(os.getpid())
+    assert first is not None
+    wait_for(lambda: (work_of(os.getpid()) or first).ran > first.ran)
+
+
 def test_what_a_process_has_done() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         first = wait_for(lambda: work_of(process.pid))
@@ -117,7 +132,7 @@ def test_a_process_that_sleeps_counts_and_our_own_work_does_not(pid: int) -> Non
     wait_for(lambda: watch.seconds(1.0) > 0.1)
 
 
-def test_a_lag_is_the_rest_of_the_longest_turn_and_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lag_is_the_longest_turn_and_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop()
     now = 5.0
     for clock in ("monotonic", "thread_time"):
@@ -134,6 +149,8 @@ def test_a_lag_is_the_rest_of_the_longest_turn_and_is_forgotten(monkeypatch: pyt
     ):
         now += pause
         lag.look()
+        now += 0.001  # of this turn it sees nothing
+        loop.soon.pop(0)()
         now += turn / 2
         lag.look()  # which is too late to see all of it
         now += turn / 2
