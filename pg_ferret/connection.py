@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import structlog
 
 from pg_ferret.dispatch import describe, respond
 from pg_ferret.errors import ProtocolError
+from pg_ferret.runner import Runner
 from pg_ferret.state.client import Client
 from pg_ferret.wire.message import frame_length, reply_head
 
@@ -28,25 +28,12 @@ _AHEAD = 4
 _TURN = 16
 
 
-if sys.version_info >= (3, 12):
-
-    def start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that runs at once, up to its first wait: a ping never costs a turn of the loop."""
-        return asyncio.Task(work, loop=loop, eager_start=True)
-
-else:
-
-    def start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task; it runs in the next turn of the loop."""
-        return loop.create_task(work)
-
-
 def _silent(frame: bytes) -> bool:
     """Whether nobody waits for an answer."""
     return reply_head(frame)[2]
 
 
-class Connection(asyncio.Protocol):
+class Connection(Runner, asyncio.Protocol):
     """asyncio's view of a client; `closed` is called once, when it is gone."""
 
     __slots__ = (
@@ -66,19 +53,18 @@ class Connection(asyncio.Protocol):
         "_paused",
         "_refused",
         "_serving",
-        "_task",
         "_touched",
         "_transport",
         "_writable",
     )
 
     def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, closed: Callable[[Connection], None]) -> None:
+        super().__init__()
         self._client = client
         self._counters = client.services.counters
         self._loop = loop
         self._closed = closed
         self._transport: asyncio.Transport | None = None
-        self._task: asyncio.Task[None] | None = None
         self._busy = False
         self._draining = False
         self._gone = False  # the client has gone and left unacknowledged writes behind
@@ -162,8 +148,7 @@ class Connection(asyncio.Protocol):
             self._busy = True
             if self._buffer is not None:
                 self._serving = len(frame)
-            task = start(self._loop, self._serve(frame))
-            self._task = None if task.done() else task
+            self.start(self._serve(frame))
             return
         if self._ahead is None:
             self._ahead = deque()
@@ -203,7 +188,6 @@ class Connection(asyncio.Protocol):
             raise
         finally:
             self._busy = False
-            self._task = None
             self._frame = b""
             self._serving = 0
             if self._held:
@@ -255,19 +239,23 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._buffer = None
         self._paused = False
+        silent = self.running and _silent(self._frame)
         if self._writable is not None:
-            self._writable.cancel()
+            if silent:
+                self._writable.set_result(None)
+            else:
+                self._writable.cancel()
             self._writable = None
-        if self._task is not None and _silent(self._frame):
+        if silent:
             # An unacknowledged write: drivers close behind it.  It is made, and so are those that came after it.
             self._gone = True
             self._ahead = deque(filter(_silent, self._ahead or ()))
             self._account()
             return
         self._ahead = None
-        if self._task is not None:
+        if self.running:
             # Nobody waits for the answer any more: the query is to end too.
-            self._task.cancel()
+            self.cancel()
             self._client.services.engine.abandon(describe(self._frame))
         self._leave()
 

@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,7 @@ import uvloop
 
 from config.settings import Config
 from pg_ferret import log
-from pg_ferret.connection import Connection, start
+from pg_ferret.connection import Connection
 from pg_ferret.engine.limits import conninfo, pool_limits
 from pg_ferret.engine.pool import TICK_SECONDS, Pool
 from pg_ferret.engine.scheduling import schedule
@@ -53,6 +54,19 @@ _NO_DESCRIPTORS = "too many connections for the limit of file descriptors (ulimi
 _KEPT_DESCRIPTORS = 64 + WAITING_AT_MOST
 _libc = ctypes.CDLL(None)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+if sys.version_info >= (3, 12):
+
+    def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that runs at once, up to its first wait."""
+        return asyncio.Task(work, loop=loop, eager_start=True)
+
+else:
+
+    def _start(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task; it runs in the next turn of the loop."""
+        return loop.create_task(work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +188,7 @@ class Worker:
         self._connect(connection, accepted)
 
     def _connect(self, connection: Connection, accepted: socket.socket) -> None:
-        self._arrive(start(self._loop, self._attach(connection, accepted)))
+        self._arrive(_start(self._loop, self._attach(connection, accepted)))
 
     def _reason_to_refuse(self) -> str:
         """Why there is no room for one more client; empty if there is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import psycopg
 from psycopg import pq
@@ -23,6 +23,7 @@ from pg_ferret.engine.pipeline import (
     Session,
 )
 from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.runner import Turn, Waiter
 
 _CANCEL_SECONDS = 5.0
 
@@ -32,7 +33,7 @@ class Lender(NamedTuple):
 
     released: Callable[[Backend], None]  # a call is over
     ended: Callable[[Backend], None]  # the server has closed the connection; called once
-    committed: Callable[[asyncio.Future[Row], Row], None]  # who waits, and the result of a write committed unflushed
+    committed: Callable[[Waiter[Row], Row], None]  # who waits, and the result of a write committed unflushed
     unclaimed: Callable[[Call, Row], None]  # a result for which nobody waits any more
 
 
@@ -51,7 +52,7 @@ class Backend(Pipeline):
         "released",
     )
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, lender: Lender) -> None:
+    def __init__(self, conn: Session, turn: Turn, lender: Lender) -> None:
         self.released = lender.released
         self._ended = lender.ended
         self._committed = lender.committed
@@ -60,22 +61,22 @@ class Backend(Pipeline):
         self.held = False  # a cancel request is on its way: nobody else may have the connection before it has arrived
         self._row: Row | None = None
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[Row] | None = None
-        super().__init__(conn, loop)
+        self._waiter: Waiter[Row] | None = None
+        super().__init__(conn, turn)
 
     def execute(
         self,
         call: Call,
         params: Params,
         timeout_ms: bytes | None = None,
-        waiter: asyncio.Future[Row] | None = None,
-    ) -> asyncio.Future[Row]:
+        waiter: Waiter[Row] | None = None,
+    ) -> Waiter[Row]:
         """Send one call, bounded by ``timeout_ms`` if given; the future (a new one by default) gets the first row.
 
         The future raises EngineError when PostgreSQL refuses, EngineLostError when the connection ends.
         """
         if waiter is None:
-            waiter = self._loop.create_future()
+            waiter = Waiter(self._turn)
         self._waiter = waiter
         self._call = call
         if self.lost:
@@ -174,7 +175,7 @@ class Backend(Pipeline):
 
     def abandon(self) -> None:
         """The connection comes with calls under way, for which nobody waits here; it is to be cancelled and closed."""
-        self._waiter = self._loop.create_future()
+        self._waiter = Waiter(self._turn)
         self._waiter.cancel()
         self.busy = True
         self.held = True
@@ -191,10 +192,10 @@ class Backend(Pipeline):
             if not self.lost:
                 self.released(self)
             return True
-        self._waiter = ended = self._loop.create_future()  # the caller has given up
+        self._waiter = ended = Waiter[Row](self._turn)  # the caller has given up
         with contextlib.suppress(psycopg.Error):  # it is the call's end that counts
             await self._conn.cancel_safe(timeout=_CANCEL_SECONDS)
-        await asyncio.wait([ended], timeout=_CANCEL_SECONDS)
+        await asyncio.wait([cast(asyncio.Future[Row], ended)], timeout=_CANCEL_SECONDS)
         self.held = False
         if ended.done():
             if ended.exception() is None and self._call is not None:

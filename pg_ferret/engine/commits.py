@@ -23,6 +23,7 @@ from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import FLUSH_COMMITS, Call
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.runner import Waiter
 
 # crash_shutdown, extension/commit.c: the server that committed them is no more.
 _RESTARTED: Final = "57P02"
@@ -36,7 +37,7 @@ class Committed(NamedTuple):
     """Writes that are committed and perhaps not on disk yet."""
 
     incarnation: bytes  # of the server that committed them, 8 bytes: none other can flush them
-    writes: list[tuple[asyncio.Future[Row], Row]]  # who waits for which result
+    writes: list[tuple[Waiter[Row], Row]]  # who waits for which result
 
     def tell(self, error: Callable[[], Exception] | None) -> None:
         """They are on disk, or nobody knows."""
@@ -81,7 +82,7 @@ class Commits:
         loop: asyncio.AbstractEventLoop,
         elsewhere: Callable[[Committed], None],
         coming: Callable[[], int],
-        in_line: Callable[[Call, Params], asyncio.Future[Row] | None],
+        in_line: Callable[[Call, Params], Waiter[Row] | None],
     ) -> None:
         """`elsewhere` has writes flushed by any other connection; `coming` tells how many are about to be committed.
 
@@ -103,7 +104,7 @@ class Commits:
         """Whether a connection may become the one that flushes."""
         return not backend.swollen
 
-    def add(self, waiter: asyncio.Future[Row], row: Row) -> None:
+    def add(self, waiter: Waiter[Row], row: Row) -> None:
         """A write has been committed; the last column of its result is the server's incarnation."""
         incarnation = row[-1]
         assert incarnation is not None
@@ -147,16 +148,16 @@ class Commits:
             self._pass_on(committed)
             return
         self.flushing = True
-        flush.add_done_callback(partial(self._flushed, committed))
+        flush.then(partial(self._flushed, committed))
 
-    def _ask(self, params: Params) -> asyncio.Future[Row] | None:
+    def _ask(self, params: Params) -> Waiter[Row] | None:
         """Ask for a flush; None if nobody is there to ask."""
         backend = self.backend
         if backend is not None and not backend.lost:
             return backend.execute(FLUSH_COMMITS, params)
         return None if self.apart else self._in_line(FLUSH_COMMITS, params)
 
-    def _flushed(self, committed: Committed, flush: asyncio.Future[Row]) -> None:
+    def _flushed(self, committed: Committed, flush: Waiter[Row]) -> None:
         self.flushing = False
         error = flush.exception()
         if error is None or (isinstance(error, EngineError) and error.sqlstate == _RESTARTED):

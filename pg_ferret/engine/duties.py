@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
@@ -20,6 +19,7 @@ from pg_ferret.engine.points import PointLine
 from pg_ferret.engine.scheduling import Lag
 from pg_ferret.engine.shared import ReadLine, Reads
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
+from pg_ferret.runner import Turn, Waiter
 
 # A page takes PostgreSQL ten times a point read's time: one of its processes keeps a processor busy, and more of them
 # than the worker's share of processors only take turns.  A write takes as long as it takes the worker to serve it; one
@@ -43,24 +43,24 @@ class Duties:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        turn: Turn,
         owner: Owner,
         room: Room,
         measured: Callable[[Reads, Shared], Awaitable[Row]],
         flush_elsewhere: Callable[[Committed], None],
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
-        self.commits = Commits(loop, flush_elsewhere, self._coming, self._in_line)
-        lag = Lag(loop)
+        self.commits = Commits(turn.loop, flush_elsewhere, self._coming, self._in_line)
+        lag = Lag(turn.loop)
 
         def reads(line: type[PointLine] | type[PageLine]) -> Reads:
             costs = Costs(lag)
-            return Reads(partial(line, loop=loop, costs=costs, owner=owner), costs, measured, room.free)
+            return Reads(partial(line, turn=turn, costs=costs, owner=owner), costs, measured, room.free)
 
         self.finds = reads(PointLine)
         self.pages = reads(PageLine)
         shapes = Shapes()
-        make = partial(WriteLine, loop=loop, shapes=shapes, committed=self.commits.add, owner=owner)
+        make = partial(WriteLine, turn=turn, shapes=shapes, committed=self.commits.add, owner=owner)
         self.writes = Writes(make, shapes, room)
         self._crowd = Crowd(_CROWD, _NO_CROWD)  # of writes
         self.wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
@@ -69,7 +69,7 @@ class Duties:
     def _coming(self) -> int:  # Commits is made before the writes, which tell it what they have committed
         return self.writes.coming()
 
-    def _in_line(self, call: Call, params: Params) -> asyncio.Future[Row] | None:
+    def _in_line(self, call: Call, params: Params) -> Waiter[Row] | None:
         return self.writes.flush(Shared(call, params, b"", 0))
 
     def lines(self) -> list[Line]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from pg_ferret.engine.backend import Backend
 from pg_ferret.engine.calls import Call
 from pg_ferret.engine.pipeline import Params, Pipeline, Row, Session
+from pg_ferret.runner import Turn, Waiter
 
 # How long a line may go without an answer while somebody waits for one.
 STALL_SECONDS = 0.1
@@ -31,10 +31,10 @@ class Line(Pipeline):
 
     __slots__ = ("_seen", "_watched")
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, conn: Session, turn: Turn) -> None:
         self._seen: object = None  # how far it was when it was last looked at
         self._watched = False
-        super().__init__(conn, loop)
+        super().__init__(conn, turn)
 
     @abstractmethod
     def _progress(self) -> object:
@@ -82,7 +82,7 @@ class Line(Pipeline):
 class Owner(NamedTuple):
     """What the pool does for a line, of reads or of writes."""
 
-    elsewhere: Callable[[Shared, asyncio.Future[Row]], None]  # run a request on a connection of its own
+    elsewhere: Callable[[Shared, Waiter[Row]], None]  # run a request on a connection of its own
     ended: Callable[[Line], None]  # the line serves no more; called once
     stalled: Callable[[Line, Shared], None]  # instead: it was given up with this request under way
     unclaimed: Callable[[Call, Row], None]  # nobody waits for this row any more

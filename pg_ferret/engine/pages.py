@@ -6,7 +6,6 @@ PostgreSQL that stays awake.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from typing import Final
 
@@ -27,6 +26,7 @@ from pg_ferret.engine.pipeline import (
 )
 from pg_ferret.engine.scheduling import Account
 from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
+from pg_ferret.runner import Turn, Waiter
 
 _MOST_WAITING: Final = 128
 # A machine that is slow, or so busy that PostgreSQL waits for a processor, makes all pages wait: one that takes no more
@@ -50,14 +50,14 @@ class PageLine(ReadLine):
     _AWAY_SECONDS = 1.0
     __slots__ = ("_account", "_dry", "_heavy", "_judged", "_pages", "_queue", "_taken")
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
+    def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner) -> None:
         self._queue: deque[Waiting] = deque()  # the server is at the first one
         self._heavy = False  # whether nobody is to wait behind others
         self._pages = 0  # since their cost was last looked at
         self._taken = 0.0  # and how long they took
         self._dry = 0  # and before how many of them nobody was there
-        self._judged = loop.time()
-        super().__init__(conn, loop, costs, owner)
+        self._judged = turn.loop.time()
+        super().__init__(conn, turn, costs, owner)
         self._account = Account(self.pid)  # since then
 
     def takes(self, read: Shared) -> bool:
@@ -74,8 +74,8 @@ class PageLine(ReadLine):
     def waiting(self) -> int:
         return len(self._queue) - self._answered
 
-    def add(self, read: Shared) -> asyncio.Future[Row]:
-        waiter: asyncio.Future[Row] = self._loop.create_future()
+    def add(self, read: Shared) -> Waiter[Row]:
+        waiter: Waiter[Row] = Waiter(self._turn)
         if not self._queue:
             self._begin(self._loop.time(), 1)
             self._dry += 1

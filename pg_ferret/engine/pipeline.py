@@ -6,7 +6,6 @@ connection; what the results mean is the subclasses' business.
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from psycopg.rows import TupleRow
 
 from pg_ferret.engine.calls import Call
 from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.runner import Turn
 
 Params = Sequence[bytes | bytearray | memoryview | None]
 Row = tuple[bytes | None, ...]
@@ -53,6 +53,7 @@ class Pipeline(ABC):
         "_prepared",
         "_preparing",
         "_socket",
+        "_turn",
         "_writing",
         "busy",
         "idle_ticks",
@@ -61,9 +62,10 @@ class Pipeline(ABC):
         "swollen",
     )
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, conn: Session, turn: Turn) -> None:
         self._conn = conn
-        self._loop = loop
+        self._turn = turn
+        self._loop = loop = turn.loop
         self._pg = pg = conn.pgconn
         self._writing = False
         self._prepared = conn.prepared_names
@@ -116,7 +118,8 @@ class Pipeline(ABC):
             self._loop.add_writer(self._socket, self._writable)
 
     def _readable(self) -> None:
-        pg = self._pg
+        pg, turn = self._pg, self._turn
+        turn.reading = True
         try:
             pg.consume_input()
             if not self.busy:
@@ -132,6 +135,8 @@ class Pipeline(ABC):
                     self._end()
         except psycopg.Error:
             self._end()
+        finally:
+            turn.go_on()
 
     def _writable(self) -> None:
         try:

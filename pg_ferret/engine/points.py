@@ -6,7 +6,6 @@ loop go out together: one write, one transaction, one answer.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from typing import Final
 
@@ -25,6 +24,7 @@ from pg_ferret.engine.pipeline import (
     Session,
 )
 from pg_ferret.engine.shared import READ_ON_BYTES, SLOW_TIMES, ReadLine, Waiting
+from pg_ferret.runner import Turn, Waiter
 
 # Reads that may come in one turn, with the batches before.
 _MOST_WAITING: Final = 512
@@ -37,11 +37,11 @@ class PointLine(ReadLine):
     _AWAY_SECONDS = 0.0
     __slots__ = ("_batches", "_filling", "_scheduled")
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
+    def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner) -> None:
         self._filling: list[Waiting] = []  # given to libpq, not yet sent
         self._batches: deque[list[Waiting]] = deque()  # on their way, the oldest first
         self._scheduled = False
-        super().__init__(conn, loop, costs, owner)
+        super().__init__(conn, turn, costs, owner)
 
     def takes(self, read: Shared) -> bool:
         batches = self._batches
@@ -57,8 +57,8 @@ class PointLine(ReadLine):
     def waiting(self) -> int:
         return len(self._filling) + sum(map(len, self._batches)) - self._answered
 
-    def add(self, read: Shared) -> asyncio.Future[Row]:
-        waiter: asyncio.Future[Row] = self._loop.create_future()
+    def add(self, read: Shared) -> Waiter[Row]:
+        waiter: Waiter[Row] = Waiter(self._turn)
         self._filling.append((read, waiter))
         try:
             self._add_call(read.call, read.params)

@@ -29,6 +29,7 @@ from pg_ferret.engine.sqlstate import EXTENSION_MISSING
 from pg_ferret.engine.unheeding import Unheeding
 from pg_ferret.engine.writes import Room
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
+from pg_ferret.runner import Turn, Waiter
 
 TICK_SECONDS = 5.0
 _IDLE_TICKS = 120
@@ -52,21 +53,22 @@ class Pool:
         self._trouble = trouble
         self._limits = limits
         self._loop = asyncio.get_running_loop()
+        self._turn = turn = Turn(self._loop)
         self._idle: list[Backend] = []
         self._all: set[Backend] = set()
-        self._queue = Queue(self._loop, self._overdue)
+        self._queue = Queue(turn, self._overdue)
         self._unheeding = Unheeding(going_on)
         self._leftovers = Leftovers(self.call, self._spawn)
         self._shortage_told = -math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
         room = Room(self._crowded, self._alone, self._apart, self._has_room, self._want)
-        self._duties = duties = Duties(self._loop, owner, room, self._by_itself, self._flush_elsewhere)
+        self._duties = duties = Duties(turn, owner, room, self._by_itself, self._flush_elsewhere)
         self._commits = duties.commits
         self.finds, self.pages, self.writes = duties.finds, duties.pages, duties.writes
         duties.allot(limits)
         self._lender = Lender(self._release, self._ended, self._commits.add, self._unclaimed)
-        self._elsewhere_now: dict[asyncio.Task[None], asyncio.Future[Row]] = {}
+        self._elsewhere_now: dict[asyncio.Task[None], Waiter[Row]] = {}
         self._closed = False
         tenant = Tenant(self._spawn, self._arrived, self._grow_if_needed, trouble)
         self._source = Source(conninfo, limits, tenant)
@@ -289,18 +291,18 @@ class Pool:
             self._spawn(self._recover(backend, f"{command} {request.namespace.decode('utf-8', 'replace')}"))
 
     def _backend(self, connection: Session) -> Backend:
-        return Backend(connection, self._loop, self._lender)
+        return Backend(connection, self._turn, self._lender)
 
     def _unclaimed(self, call: Call, row: Row) -> None:
         if not self._closed:
             self._leftovers.note(call, row)
 
-    def _elsewhere(self, request: Shared, waiter: asyncio.Future[Row]) -> None:
+    def _elsewhere(self, request: Shared, waiter: Waiter[Row]) -> None:
         task = self._spawn(self._again(request, waiter))
         self._elsewhere_now[task] = waiter
         task.add_done_callback(self._elsewhere_now.pop)
 
-    async def _again(self, request: Shared, waiter: asyncio.Future[Row]) -> None:
+    async def _again(self, request: Shared, waiter: Waiter[Row]) -> None:
         """A request that could not be served on the shared connection."""
         try:
             row = await self.call(request.call, request.params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pg_ferret.engine.calls import Call
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.engine.scheduling import Stopwatch
 from pg_ferret.errors import CommandError
+from pg_ferret.runner import Turn, Waiter
 
 # How often somebody looks after them.
 _LOOK_SECONDS: Final = 0.05
@@ -23,7 +23,7 @@ class Request:
     __slots__ = ("call", "deadline", "params", "timeout_ms", "waiter", "watch")
 
     def __init__(
-        self, call: Call, params: Params, timeout_ms: bytes | None, waiter: asyncio.Future[Row], deadline: float
+        self, call: Call, params: Params, timeout_ms: bytes | None, waiter: Waiter[Row], deadline: float
     ) -> None:
         self.call = call
         self.params = params
@@ -36,11 +36,12 @@ class Request:
 class Queue:
     """All of them, in the order in which they are served."""
 
-    __slots__ = ("_loop", "_overdue", "_watched", "requests")
+    __slots__ = ("_loop", "_overdue", "_turn", "_watched", "requests")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, overdue: Callable[[], CommandError]) -> None:
+    def __init__(self, turn: Turn, overdue: Callable[[], CommandError]) -> None:
         """`overdue` says what one is told that has waited in vain."""
-        self._loop = loop
+        self._turn = turn
+        self._loop = turn.loop
         self._overdue = overdue
         self._watched = False
         self.requests: deque[Request] = deque()
@@ -50,7 +51,7 @@ class Queue:
     ) -> Request:
         """One more, which waits for so long at most; the ``first`` one stands before others."""
         deadline = math.inf if seconds is None else self._loop.time() + seconds
-        request = Request(call, params, timeout_ms, self._loop.create_future(), deadline)
+        request = Request(call, params, timeout_ms, Waiter(self._turn), deadline)
         if first:
             self.requests.appendleft(request)
         else:

@@ -9,7 +9,6 @@ served elsewhere.
 
 from __future__ import annotations
 
-import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import ClassVar, Final
@@ -23,6 +22,7 @@ from pg_ferret.engine.lines import Line, Lines, Owner, Shared
 from pg_ferret.engine.pipeline import Row, Session
 from pg_ferret.engine.sqlstate import CANCELLED, UNPREPARED
 from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.runner import Turn, Waiter
 
 # Seconds: a line that stands still for longer than a cheap read, and as much for each that waits, takes nobody.
 _EACH_SECONDS: Final = 0.0005
@@ -36,7 +36,7 @@ _NO_CROWD: Final = 2.5
 # libpq reads 16 kB at a time: behind an answer of so many bytes it has hardly read the next one, which may have come.
 READ_ON_BYTES: Final = 8192
 
-Waiting = tuple[Shared, asyncio.Future[Row]]
+Waiting = tuple[Shared, Waiter[Row]]
 
 
 class ReadLine(Line):
@@ -46,7 +46,7 @@ class ReadLine(Line):
     _AWAY_SECONDS: ClassVar[float]
     __slots__ = ("_answered", "_costs", "_late", "_leaving", "_owner", "_read_on", "_since")
 
-    def __init__(self, conn: Session, loop: asyncio.AbstractEventLoop, costs: Costs, owner: Owner) -> None:
+    def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner) -> None:
         self._costs = costs
         self._owner = owner
         self._leaving = False
@@ -54,14 +54,14 @@ class ReadLine(Line):
         self._since = 0.0  # when it began with them
         self._late = 0.0  # from then on it takes too long
         self._read_on = False  # whether libpq may have left the next answer in the socket
-        super().__init__(conn, loop)
+        super().__init__(conn, turn)
 
     @abstractmethod
     def takes(self, read: Shared) -> bool:
         """Whether a read may join."""
 
     @abstractmethod
-    def add(self, read: Shared) -> asyncio.Future[Row]:
+    def add(self, read: Shared) -> Waiter[Row]:
         """The future gets the first row of the result; it raises EngineError or EngineLostError."""
 
     @property
@@ -129,7 +129,7 @@ class ReadLine(Line):
         for one in waiting:
             self._elsewhere(*one)
 
-    def _elsewhere(self, read: Shared, waiter: asyncio.Future[Row]) -> None:
+    def _elsewhere(self, read: Shared, waiter: Waiter[Row]) -> None:
         if not waiter.done():
             self._owner.elsewhere(read, waiter)
 

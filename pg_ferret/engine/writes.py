@@ -33,6 +33,7 @@ from pg_ferret.engine.pipeline import (
 )
 from pg_ferret.engine.sqlstate import CANCELLED, LOCKED, UNPREPARED, pack
 from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.runner import Turn, Waiter
 
 # Seconds: a line whose first write takes longer takes nobody, and as much for each that waits: the loop has more to do
 # before it sees them end.
@@ -77,7 +78,7 @@ class Shapes(dict[int, float]):
         self[shape] = begin
 
 
-_Waiting = tuple[Shared, asyncio.Future[Row]]
+_Waiting = tuple[Shared, Waiter[Row]]
 
 
 class WriteLine(Line):
@@ -98,9 +99,9 @@ class WriteLine(Line):
     def __init__(
         self,
         conn: Session,
-        loop: asyncio.AbstractEventLoop,
+        turn: Turn,
         shapes: Shapes,
-        committed: Callable[[asyncio.Future[Row], Row], None],
+        committed: Callable[[Waiter[Row], Row], None],
         owner: Owner,
     ) -> None:
         """``committed`` gets who waits and the result when a write has been committed without a flush."""
@@ -113,12 +114,12 @@ class WriteLine(Line):
         self._since = 0.0  # when the server began with the first one
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
-        super().__init__(conn, loop)
+        super().__init__(conn, turn)
         self.spent = True  # with settings of its own it is of no use to others
 
     def begin(self) -> None:
         """Set the connection up."""
-        nobody: asyncio.Future[Row] = self._loop.create_future()
+        nobody: Waiter[Row] = Waiter(self._turn)
         nobody.cancel()
         self._send(Shared(SET_UP_WRITES, (_LOCK_MILLISECONDS, _CPU_OPERATOR_COST), b"", 0), nobody)
 
@@ -150,13 +151,13 @@ class WriteLine(Line):
     def waiting(self) -> int:
         return len(self.queue)
 
-    def add(self, write: Shared) -> asyncio.Future[Row]:
+    def add(self, write: Shared) -> Waiter[Row]:
         """The future gets the result when it is durable; it raises EngineError or EngineLostError."""
-        waiter: asyncio.Future[Row] = self._loop.create_future()
+        waiter: Waiter[Row] = Waiter(self._turn)
         self._send(write, waiter)
         return waiter
 
-    def _send(self, write: Shared, waiter: asyncio.Future[Row]) -> None:
+    def _send(self, write: Shared, waiter: Waiter[Row]) -> None:
         queue = self.queue
         if self.lost:
             waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
@@ -312,7 +313,7 @@ class Writes(Lines[WriteLine]):
         """How many are about to be committed; some may turn out to change nothing."""
         return sum([line.coming() for line in self.all])
 
-    def flush(self, flush: Shared) -> asyncio.Future[Row] | None:
+    def flush(self, flush: Shared) -> Waiter[Row] | None:
         """Make a flush in a line that is not late, where it would wait for what is before it, or else in any.
 
         None if there is none, or while another connection can be had.

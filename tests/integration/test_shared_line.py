@@ -26,6 +26,7 @@ from pg_ferret.engine.pool import Pool
 from pg_ferret.engine.shared import Reads
 from pg_ferret.engine.sqlstate import CANCELLED
 from pg_ferret.errors import EngineError
+from pg_ferret.runner import Waiter
 from tests.integration.conftest import configuration
 from tests.integration.pools import MakePool, active, locked, opened_pool
 from tests.turns import PATIENCE_SECONDS, wait_until
@@ -84,15 +85,15 @@ def found(row: Row) -> int:
     return int(decode(row[0])["cursor"]["firstBatch"][0]["_id"])
 
 
-async def joined(lines: Reads, wanted: Shared) -> asyncio.Future[Row]:
+async def joined(lines: Reads, wanted: Shared) -> Waiter[Row]:
     """The read, when it has joined a line; until then it is read alone, which makes it cheap, and the line be there."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not asyncio.isfuture(read := lines.share(wanted)):
+        while not isinstance(read := lines.share(wanted), Waiter):
             await read
     return read
 
 
-async def shared(pool: Pool, number: int = 0) -> asyncio.Future[Row]:
+async def shared(pool: Pool, number: int = 0) -> Waiter[Row]:
     """A point read that has joined the line."""
     return await joined(pool.finds, find(number))
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -22,6 +22,7 @@ from pg_ferret.engine.pipeline import Row
 from pg_ferret.engine.pool import Pool
 from pg_ferret.engine.sqlstate import CANCELLED
 from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.runner import Waiter
 from tests.integration.conftest import NewCluster, configuration
 from tests.integration.pools import MakePool, active, opened_pool, table_of
 from tests.turns import PATIENCE_SECONDS, wait_until
@@ -64,7 +65,7 @@ async def replaced(pool: Pool, flusher: Backend) -> None:
     await wait_until(lambda: flusher is not pool._commits.backend)
 
 
-async def in_line(pool: Pool, *numbers: int) -> list[asyncio.Future[Row]]:
+async def in_line(pool: Pool, *numbers: int) -> list[Waiter[Row]]:
     """Writes that stand in line, as soon as it takes any: on a busy machine the last ones may just have been slow."""
     (line, *_) = pool.writes.all
     await wait_until(lambda: line.takes(_SHAPE))
@@ -237,10 +238,11 @@ async def test_a_flush_in_line_that_is_cancelled_tells_nobody(new_cluster: NewCl
             return {int(row[0] or 0) for row in rows} & {line.pid, *[backend.pid for backend in pool._all]}
 
         cluster.configure(synchronous_standby_names="nobody")
-        writes: list[asyncio.Future[Row]] = []
+        writes: list[Waiter[Row]] = []
         async with asyncio.timeout(PATIENCE_SECONDS):
             while line.pid not in await waiting_for_standby():  # PostgreSQL needs a moment to know that there is one
-                await asyncio.wait([line.add(increment(0))], timeout=0.05)
+                write = cast(asyncio.Future[Row], line.add(increment(0)))
+                await asyncio.wait([write], timeout=0.05)
             writes += [line.add(increment(number)) for number in (1, 2)]
             while line.pid in (waiting := await waiting_for_standby()) or not waiting:
                 await asyncio.to_thread(cluster.psql, f"select pg_cancel_backend({line.pid})")

@@ -9,6 +9,7 @@ from typing import Any, cast
 from psycopg import pq
 
 from pg_ferret.engine.pipeline import Pipeline, Row
+from pg_ferret.runner import Turn
 
 
 class Timer:
@@ -30,15 +31,13 @@ class Loop:
         self.now = 100.0
         self.soon: list[Callable[[], None]] = []
         self.later: list[Timer] = []
+        self.turn = Turn(cast(Any, self))
 
     def time(self) -> float:
         return self.now
 
     def get_debug(self) -> bool:
         return False
-
-    def create_future(self) -> asyncio.Future[Row]:
-        return asyncio.Future(loop=cast(Any, self))
 
     def call_soon(self, call: Callable[..., None], *arguments: Any, context: Any = None) -> None:
         self.soon.append(lambda: call(*arguments))

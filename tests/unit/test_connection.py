@@ -171,6 +171,21 @@ async def test_unacknowledged_requests_are_run_though_the_client_has_gone(gate: 
     assert rig.transport.written == []
 
 
+async def test_so_are_those_behind_a_reply_that_the_client_did_not_take(gate: asyncio.Event) -> None:
+    rig = Rig()
+    for number in range(2):
+        rig.connection.data_received(message({"slow": 1}, number, flags=2))
+    rig.connection.pause_writing()
+    gate.set()
+    await settle()
+    assert rig.services.counters.requests == 1
+    rig.connection.connection_lost(None)
+    await settle()
+    assert rig.services.counters.requests == 2
+    assert rig.gone == 1
+    assert rig.services.backlog.held == 0
+
+
 async def test_a_client_that_goes_away_ends_its_request(gate: asyncio.Event) -> None:
     rig = Rig()
     rig.connection.data_received(message({"slow": 1}))

@@ -23,14 +23,14 @@ class Stage:
     """Duties for so many connections and processors."""
 
     def __init__(self, largest: int = 40, processors: int = 2) -> None:
-        self.loop = cast(Any, Loop())
+        self.turn = Loop().turn
         owner = Owner(_nothing, _nothing, _nothing, _nothing)
         room = Room(_nothing, _nothing, _nothing, _nothing, _nothing)
-        self.duties = Duties(self.loop, owner, room, _nothing, _nothing)
+        self.duties = Duties(self.turn, owner, room, _nothing, _nothing)
         self.duties.allot(Limits(1, largest, None, processors=processors))
 
     def backend(self) -> Backend:
-        return Backend(cast(Any, Server()), self.loop, Lender(_nothing, _nothing, _nothing, _nothing))
+        return Backend(cast(Any, Server()), self.turn, Lender(_nothing, _nothing, _nothing, _nothing))
 
 
 @pytest.mark.parametrize(

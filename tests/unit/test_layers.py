@@ -17,7 +17,8 @@ PACKAGES = ("pg_ferret", "supervisor", "config")
 # From the bottom up. A module may import from its own unit, except between the units of one row ('|'), and from
 # every row below.
 ROWS = (
-    "config | pg_ferret.errors pg_ferret.codes pg_ferret.status pg_ferret.log pg_ferret.sockets pg_ferret",
+    "config | pg_ferret.errors pg_ferret.codes pg_ferret.status pg_ferret.log pg_ferret.sockets pg_ferret.runner"
+    " pg_ferret",
     "pg_ferret.wire | pg_ferret.engine",
     "pg_ferret.state",
     "pg_ferret.registry",
@@ -37,6 +38,14 @@ EXCEPTIONS = {
 PSYCOPG_ONLY_IN = "pg_ferret.engine"
 NO_BSON_IN = ("pg_ferret.wire", "pg_ferret.connection", "pg_ferret.dispatch")
 PYDANTIC_ONLY_IN = "config.check"
+# What requests run through.
+WITHOUT_A_TASK = (
+    "pg_ferret.connection",
+    "pg_ferret.dispatch",
+    "pg_ferret.commands",
+    "pg_ferret.state",
+    "pg_ferret.engine",
+)
 
 
 def module_name(path: Path) -> str:
@@ -111,6 +120,16 @@ def test_foreign_packages_stay_where_they_belong(name: str) -> None:
         assert roots <= {*sys.stdlib_module_names, *PACKAGES}
     if within(name, "supervisor"):
         assert not roots & {"asyncio", "uvloop", "threading", "concurrent"}, "its forks must be clean"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if any(within(name, unit) for unit in WITHOUT_A_TASK)])
+def test_requests_have_no_task(name: str) -> None:
+    """See pg_ferret/runner.py: what needs one fails there, or ends somebody else's."""
+    tree = ast.parse(MODULES[name].read_text())
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    used = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "asyncio"}
+    assert not used & {"current_task", "timeout", "timeout_at", "Timeout", "wait_for", "TaskGroup"}
+    assert not any(isinstance(node, ast.ImportFrom) and node.module == "asyncio" for node in ast.walk(tree))
 
 
 def test_the_rule_bites() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import pytest
 
 from pg_ferret.engine.calls import FIND
@@ -18,7 +16,7 @@ class Stage:
     def __init__(self) -> None:
         self.loop = Loop()
         self.overdue = 0
-        self.queue = Queue(cast(Any, self.loop), self._overdue)
+        self.queue = Queue(self.loop.turn, self._overdue)
 
     def _overdue(self) -> CommandError:
         self.overdue += 1

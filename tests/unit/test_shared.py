@@ -19,6 +19,7 @@ from pg_ferret.engine.points import PointLine
 from pg_ferret.engine.scheduling import Lag, Work
 from pg_ferret.engine.shared import Reads
 from pg_ferret.errors import EngineError, EngineLostError
+from pg_ferret.runner import Runner
 from tests.turns import settle
 from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
 
@@ -47,7 +48,7 @@ class Stage:
             costs.note(shape, 0.0, 0.0)
         self.server.prepared_names |= {AGGREGATE.name, FIND.name, FIND_AS_EVER.name, GET_MORE.name}
         line = PointLine if together else PageLine
-        self.line = line(cast(Any, self.server), cast(Any, self.loop), costs, owner)
+        self.line = line(cast(Any, self.server), self.loop.turn, costs, owner)
         self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
         self.waiters = [self.line.add(read) for read in self.reads]
         self.loop.run()
@@ -246,14 +247,49 @@ def test_a_page_for_one_who_has_gone_is_unclaimed() -> None:
     assert stage.waiters[1].result() == (b"page", b"more", b"2")
 
 
+def waits(stage: Stage, number: int) -> Runner:
+    """Somebody who waits for one of the reads."""
+
+    async def wait() -> None:
+        await stage.waiters[number]
+
+    runner = Runner()
+    runner.start(wait())
+    return runner
+
+
+def test_who_is_answered_goes_on_when_all_has_been_read() -> None:
+    stage = Stage(FIND, together=False)
+    first, second = waits(stage, 0), waits(stage, 1)
+    stage.server.give(stage.line)
+    stage.server.give(stage.line, row(b"page", None), sync())
+    assert not first.running
+    assert not stage.loop.soon
+    stage.waiters[1].cancel()  # not by a reading
+    stage.loop.run()
+    assert not second.running
+
+
+def test_who_is_answered_goes_on_though_what_follows_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(FIND, together=False)
+    first, second = waits(stage, 0), waits(stage, 1)
+    monkeypatch.setattr(PageLine, "_finish", None)
+    with pytest.raises(TypeError):
+        stage.server.give(stage.line, row(b"page", None), sync())
+    assert not first.running
+    stage.waiters[1].cancel()
+    stage.loop.run()
+    assert not second.running
+
+
 @pytest.mark.parametrize("asked", [False, True])
 async def test_so_is_one_on_a_connection_of_its_own(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
     """Whether or not PostgreSQL has been asked to cancel it, and was done before it heard of that."""
     loop, server = Loop(), Server()
-    monkeypatch.setattr(loop, "create_future", asyncio.get_running_loop().create_future)
+    monkeypatch.setattr(loop, "call_soon", asyncio.get_running_loop().call_soon)
     unclaimed: list[tuple[Call, Row]] = []
     lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda *gone: unclaimed.append(gone))
-    backend = Backend(cast(Any, server), cast(Any, loop), lender)
+    backend = Backend(cast(Any, server), loop.turn, lender)
     backend.execute(FIND, ()).cancel()
     cancelling = asyncio.create_task(backend.cancel()) if asked else None
     await settle()

@@ -7,6 +7,7 @@ import struct
 from dataclasses import replace
 from typing import Any, cast
 
+import psycopg
 import pytest
 
 from pg_ferret.engine.backend import Backend, Lender
@@ -16,7 +17,8 @@ from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.engine.writes import Room, Shapes, WriteLine, Writes
 from pg_ferret.errors import CommandError, EngineError, EngineLostError
-from tests.unit.fake_line import Loop, Server, refusal, row, sync
+from pg_ferret.runner import Waiter
+from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
 
 _SHAPE = 1
 _DONE = (b"reply", b"\x01", b"12345678")
@@ -49,7 +51,7 @@ class Stage:
         )
         self.line = WriteLine(
             cast(Any, self.server),
-            cast(Any, self.loop),
+            self.loop.turn,
             self.shapes,
             lambda _, done: self.committed.append(done),
             owner,
@@ -286,24 +288,24 @@ class Flushes:
         self.server = Server()
         self.elsewhere: list[Committed] = []
         self.coming = 0
-        self.in_line: list[asyncio.Future[Row]] = []
+        self.in_line: list[Waiter[Row]] = []
         self.has_line = True
         self.commits = Commits(
             cast(Any, self.loop), self.elsewhere.append, lambda: self.coming, lambda *_: self._in_line()
         )
         self.commits.apart = True
         lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda _, __: None)
-        self.backend = Backend(cast(Any, self.server), cast(Any, self.loop), lender)
+        self.backend = Backend(cast(Any, self.server), self.loop.turn, lender)
         self.commits.backend = self.backend
 
-    def _in_line(self) -> asyncio.Future[Row] | None:
+    def _in_line(self) -> Waiter[Row] | None:
         if not self.has_line:
             return None
-        self.in_line.append(self.loop.create_future())
+        self.in_line.append(Waiter(self.loop.turn))
         return self.in_line[-1]
 
-    def add(self, incarnation: bytes = b"12345678") -> asyncio.Future[Row]:
-        waiter = self.loop.create_future()
+    def add(self, incarnation: bytes = b"12345678") -> Waiter[Row]:
+        waiter = Waiter[Row](self.loop.turn)
         self.commits.add(waiter, (b"reply", b"\x01", incarnation))
         return waiter
 
@@ -533,11 +535,29 @@ def test_whether_a_write_was_made_is_unknown_if_it_was_not_flushed() -> None:
     assert isinstance(unknown(EngineError("57P02", "restarted"))(), EngineError)
 
 
+def test_a_flush_that_cannot_be_sent_is_passed_on(flushes: Flushes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise psycopg.OperationalError
+
+    monkeypatch.setattr(flushes.server, "pipeline_sync", refuse)
+    flushes.add()
+    flushes.loop.run()
+    assert len(flushes.elsewhere) == 1
+    assert not flushes.commits.flushing
+
+
+def test_when_a_flush_is_done_its_writes_are_told_at_once(flushes: Flushes) -> None:
+    waiter = flushes.add()
+    flushes.loop.run()
+    flushes.server.give(flushes.backend, prepared(), row(b"true"), sync())
+    assert waiter.done()
+
+
 def test_a_cancelled_write_waits_for_no_flush(flushes: Flushes) -> None:
     committed: list[Row] = []
     server = Server()
     lender = Lender(lambda _: None, lambda _: None, lambda _, done: committed.append(done), lambda _, __: None)
-    backend = Backend(cast(Any, server), cast(Any, flushes.loop), lender)
+    backend = Backend(cast(Any, server), flushes.loop.turn, lender)
     ended = backend.execute(INSERT, _WRITE.params)
     backend.held = True
     server.give(backend, row(*_DONE), sync())
