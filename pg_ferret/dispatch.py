@@ -48,12 +48,13 @@ async def respond(frame: bytes, client: Client) -> bytes | list[bytes] | None:
     except ProtocolError:
         raise
     except Exception as error:
-        failure = _failure(error, request, client)
+        document = error_document(_failure(error, request, client))
+        _let_go(error)
     finally:
         counters.in_flight -= 1
     counters.errors += 1
     request_id, legacy, silent = reply_head(frame)
-    return None if silent else reply(error_document(failure), request_id, legacy)
+    return None if silent else reply(document, request_id, legacy)
 
 
 def _admitted(request: Request) -> Command:
@@ -99,6 +100,13 @@ def _failure(error: Exception, request: Request | None, client: Client) -> Comma
     if failure.code in TROUBLE:
         client.services.trouble(f"{name}: {failure.message}")
     return failure
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of the frames that it has passed: those that hold it would stay until a collection, and so would the message."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def describe(frame: bytes) -> str:

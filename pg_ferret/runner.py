@@ -202,8 +202,11 @@ class Runner:
                 awaited = coroutine.throw(asyncio.CancelledError())
             else:
                 awaited = coroutine.send(None)
-        except (StopIteration, asyncio.CancelledError):
+        except StopIteration:
             self._coroutine = None
+        except asyncio.CancelledError as error:
+            self._coroutine = None
+            error.__traceback__ = None  # it holds the frames, and some of them may hold it
         except BaseException as error:
             self._coroutine = None
             if not isinstance(error, Exception):

@@ -27,12 +27,8 @@ from pymongo import MongoClient
 from config.settings import Settings
 from dev.cluster import Cluster, wait_for
 from pg_ferret.connection import Connection
-from pg_ferret.engine.limits import conninfo, pool_limits
-from pg_ferret.engine.pool import Pool
-from pg_ferret.state.client import Client, Services
-from pg_ferret.state.cursors import Cursors
-from pg_ferret.status import StatusTable
-from tests.integration.conftest import CLIENT_OPTIONS, configuration
+from tests.integration.conftest import CLIENT_OPTIONS
+from tests.integration.in_process import serve
 
 Document = dict[str, Any]
 NewCluster = Callable[..., Cluster]
@@ -395,20 +391,12 @@ async def test_instructions(
         monkeypatch.setattr("pg_ferret.engine.duties._NO_CROWD", -1)
     client.cost.c.drop()
     client.cost.c.insert_many([{"_id": number} for number in range(_WARM + _MEASURED + 10)])
-    config = configuration(cluster, pool_min_conns=2, pool_max_conns=4 if operation != "updateInLine" else 8)
-    pool = Pool(conninfo(config), pool_limits(config), pytest.fail, pytest.fail)
-    with tempfile.TemporaryDirectory() as place:
-        services = Services(config, pool, Cursors(Path(place)), StatusTable(2), 1)
-        transport = Transport(operation)
-        connection = Connection(Client(services, 1, "peer"), asyncio.get_running_loop(), lambda _: None)
+    transport = Transport(operation)
+    async with serve(cluster, transport, 4 if operation != "updateInLine" else 8) as connection:
         transport.connection = connection
-        connection.connection_made(transport)
-        await pool.open()
         await transport.run(_WARM)
         with counted() as counts:
             await transport.run(_MEASURED)
-        await pool.close()
-        services.cursors.close()
     found = {name: round(count / _MEASURED) for name, count in counts.most_common() if count >= _MEASURED}
     expected = INSTRUCTIONS[operation]
     total, before = sum(found.values()), sum(expected.values())

@@ -364,6 +364,31 @@ async def test_a_cancelled_wait_says_so() -> None:
             asked()
 
 
+async def test_what_is_cancelled_lets_go_of_all_it_held() -> None:
+    class Message:
+        pass
+
+    messages: list[weakref.ref[Message]] = []
+
+    async def serve(waiter: Waiter[object]) -> None:
+        message = Message()
+        messages.append(weakref.ref(message))
+        await waiter
+
+    turn = Turn(asyncio.get_running_loop())
+    runner = Runner()
+    runner.start(serve(Waiter(turn)))
+    gc.collect()
+    gc.disable()
+    try:
+        runner.cancel()
+        turn.go_on()
+        assert not runner.running
+        assert messages[0]() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("end", ["result", "error", "cancelled"])
 @pytest.mark.parametrize("early", [False, True])
 async def test_nothing_is_left_of_it_without_a_collection(end: str, early: bool) -> None:

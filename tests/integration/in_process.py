@@ -1,0 +1,37 @@
+"""A client's connection in this very process, and the pool behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from dev.cluster import Cluster
+from pg_ferret.connection import Connection
+from pg_ferret.engine.limits import conninfo, pool_limits
+from pg_ferret.engine.pool import Pool
+from pg_ferret.state.client import Client, Services
+from pg_ferret.state.cursors import Cursors
+from pg_ferret.status import StatusTable
+from tests.integration.conftest import configuration
+
+
+@asynccontextmanager
+async def serve(cluster: Cluster, transport: asyncio.Transport, connections: int) -> AsyncIterator[Connection]:
+    """The connection that has this transport; at most so many serve it."""
+    config = configuration(cluster, pool_min_conns=2, pool_max_conns=connections)
+    pool = Pool(conninfo(config), pool_limits(config), pytest.fail, pytest.fail)
+    with tempfile.TemporaryDirectory() as place:
+        services = Services(config, pool, Cursors(Path(place)), StatusTable(2), 1)
+        connection = Connection(Client(services, 1, "peer"), asyncio.get_running_loop(), lambda _: None)
+        connection.connection_made(transport)
+        await pool.open()
+        try:
+            yield connection
+        finally:
+            await pool.close()
+            services.cursors.close()

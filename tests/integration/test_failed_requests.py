@@ -1,0 +1,77 @@
+"""Requests that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import struct
+from typing import Any
+
+import pytest
+from bson import Int64, decode, encode
+from pymongo import MongoClient
+
+from dev.cluster import Cluster
+from pg_ferret.wire.message import Request
+from tests.integration.in_process import serve
+from tests.turns import wait_until
+
+Document = dict[str, Any]
+_FAILING: dict[str, Document] = {
+    "an unknown command": {"nope": 1},
+    "an unknown cursor": {"getMore": Int64(5), "collection": "c"},
+    "find": {"find": "c", "filter": {"n": {"$nope": 1}}},
+    "find by _id": {"find": "c", "filter": {"_id": {"$nope": 1}}, "limit": 1},
+    "aggregate": {"aggregate": "c", "pipeline": [{"$nope": 1}], "cursor": {}},
+    "aggregate that writes": {"aggregate": "c", "pipeline": [{"$out": {"db": "failed", "coll": ""}}], "cursor": {}},
+    "count": {"count": "c", "query": {"n": {"$nope": 1}}},
+    "insert": {"insert": "c", "documents": 1},
+    "insert what nobody takes": {"insert": "$c", "documents": [{"_id": 1}]},
+    "update": {"update": "c", "updates": [{"q": {"_id": 1}, "u": {"$set": {"n": 1}}, "nope": 1}]},
+    "update what is duplicate": {"update": "c", "updates": [{"q": {"_id": 1}, "u": {"$set": {"key": 2}}}]},
+    "delete": {"delete": "c", "deletes": [{"q": {"_id": 1}, "limit": 5}]},
+    "findAndModify": {"findAndModify": "c", "query": {"_id": 1}, "remove": True, "update": {"n": 1}},
+    "findAndModify what is duplicate": {"findAndModify": "c", "query": {"_id": 1}, "update": {"$set": {"key": 2}}},
+}
+
+
+class Transport(asyncio.Transport):
+    """It keeps the last reply."""
+
+    reply: Document | None = None
+
+    def write(self, data: Any) -> None:
+        self.reply = decode(data[21:])
+
+
+@pytest.mark.parametrize("crowd", [False, True])
+@pytest.mark.parametrize("command", _FAILING.values(), ids=_FAILING)
+async def test_nothing_is_left_of_them_without_a_collection(
+    cluster: Cluster, client: MongoClient[Document], monkeypatch: pytest.MonkeyPatch, command: Document, crowd: bool
+) -> None:
+    """The message may be of 48 MB."""
+    if crowd:  # as among many clients
+        monkeypatch.setattr("pg_ferret.engine.shared._CROWD", 0.0)
+        monkeypatch.setattr("pg_ferret.engine.duties._CROWD", 0)
+        monkeypatch.setattr("pg_ferret.engine.duties._NO_CROWD", -1)
+    client.failed.c.drop()
+    client.failed.c.create_index("key", unique=True)
+    client.failed.c.insert_many([{"_id": number, "key": number} for number in range(3)])
+    body = encode(command | {"$db": "failed"})
+    frame = struct.pack("<iiiiI", 21 + len(body), 1, 0, 2013, 0) + b"\0" + body
+    transport = Transport()
+    async with serve(cluster, transport, 8) as connection:
+        for _ in range(5):
+            gc.collect()
+            gc.disable()
+            try:
+                transport.reply = None
+                connection.data_received(frame)
+                await wait_until(lambda: transport.reply)
+                left = [kept for kept in gc.get_objects() if type(kept) is Request]
+            finally:
+                gc.enable()
+            assert not left
+        reply = transport.reply
+        assert reply is not None
+        assert not reply["ok"] or reply["writeErrors"]
