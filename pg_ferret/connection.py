@@ -239,14 +239,8 @@ class Connection(Runner, asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._buffer = None
         self._paused = False
-        silent = self.running and _silent(self._frame)
-        if self._writable is not None:
-            if silent:
-                self._writable.set_result(None)
-            else:
-                self._writable.cancel()
-            self._writable = None
-        if silent:
+        self.resume_writing()  # nobody has to wait for the client any more
+        if self.running and _silent(self._frame):
             # An unacknowledged write: drivers close behind it.  It is made, and so are those that came after it.
             self._gone = True
             self._ahead = deque(filter(_silent, self._ahead or ()))

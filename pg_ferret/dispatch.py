@@ -16,6 +16,7 @@ from pg_ferret.commands.stable_api import check_api
 from pg_ferret.engine.sqlstate import TROUBLE, command_error
 from pg_ferret.errors import CommandError, EngineError, EngineLostError, ProtocolError
 from pg_ferret.registry import COMMANDS, MISSING, Command, Handler
+from pg_ferret.runner import let_go
 from pg_ferret.state.client import Client
 from pg_ferret.wire import bson
 from pg_ferret.wire.message import Request, parse, reply, reply_head
@@ -49,7 +50,7 @@ async def respond(frame: bytes, client: Client) -> bytes | list[bytes] | None:
         raise
     except Exception as error:
         document = error_document(_failure(error, request, client))
-        _let_go(error)
+        let_go(error)
     finally:
         counters.in_flight -= 1
     counters.errors += 1
@@ -100,13 +101,6 @@ def _failure(error: Exception, request: Request | None, client: Client) -> Comma
     if failure.code in TROUBLE:
         client.services.trouble(f"{name}: {failure.message}")
     return failure
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Of the frames that it has passed: those that hold it would stay until a collection, and so would the message."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__
 
 
 def describe(frame: bytes) -> str:

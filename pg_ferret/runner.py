@@ -17,6 +17,13 @@ from typing import Any, Generic, TypeVar, cast
 _Result = TypeVar("_Result")
 
 
+def let_go(error: BaseException | None) -> None:
+    """Of the frames that it has passed: those that hold it would stay until a collection, and so would the message."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
 class Turn:
     """Those who have been answered lately, in one event loop: they go on in its next turn, or at the end of a reading.
 
@@ -83,7 +90,6 @@ class Waiter(Generic[_Result]):
         self._done = True
         runner = self.runner
         if runner is not None:
-            self.runner = None
             self._turn.add(runner)
         if self._calls is not None:
             self._call()
@@ -109,29 +115,31 @@ class Waiter(Generic[_Result]):
             try:
                 raise self._error
             finally:
-                del self  # as below
+                del self  # the error's traceback holds this frame
         return self._result
 
     def exception(self) -> BaseException | None:
         """The exception, if there is one; raises CancelledError, or InvalidStateError before the end."""
-        if not self._done or self.cancelled():
-            self.result()
+        if self.cancelled():
+            raise asyncio.CancelledError
+        if not self._done:
+            raise asyncio.InvalidStateError
         return self._error
 
     def __await__(self) -> Generator[Waiter[_Result], None, _Result]:
-        if not self._done:
-            if self._asyncio_future_blocking or self.runner is not None:
-                raise RuntimeError("somebody else awaits this")
-            self._asyncio_future_blocking = True
-            yield self
+        try:
             if not self._done:
-                raise RuntimeError("the wait has not ended")
-        if self._error is not None:
-            try:
+                if self._asyncio_future_blocking or self.runner is not None:
+                    raise RuntimeError("somebody else awaits this")
+                self._asyncio_future_blocking = True
+                yield self
+                if not self._done:
+                    raise RuntimeError("the wait has not ended")
+            if self._error is not None:
                 raise self._error
-            finally:
-                del self  # of which the error's traceback would hold the frame
-        return self._result
+            return self._result
+        finally:
+            del self  # the error's traceback holds this frame
 
     def then(self, call: Callable[[Waiter[_Result]], object]) -> None:
         """Have it called in the very moment in which the wait ends, with this as argument; it must not raise."""
@@ -206,7 +214,7 @@ class Runner:
             self._coroutine = None
         except asyncio.CancelledError as error:
             self._coroutine = None
-            error.__traceback__ = None  # it holds the frames, and some of them may hold it
+            let_go(error)
         except BaseException as error:
             self._coroutine = None
             if not isinstance(error, Exception):

@@ -50,6 +50,6 @@ async def repeat(error: EngineError, call: Call, params: Params, request: Reques
             except EngineError as another:
                 if another.sqlstate not in CONFLICTS:
                     raise
-                error = another
+                error = another.with_traceback(None)  # which holds this frame, and the write
     _log.warning("a write was rolled back each time", namespace=namespace, times=_MOST_TRIES + 1)
     raise error

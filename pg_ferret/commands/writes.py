@@ -144,7 +144,7 @@ async def _modify_again(error: EngineError, params: Params, request: Request, cl
         try:
             return await retries.repeat(error, calls.FIND_AND_MODIFY, params, request, client)
         except EngineError as refused:
-            error = refused
+            error = refused.with_traceback(None)  # which holds this frame, and the command
         code, message = translate(error.sqlstate, error.message)
         if code != DUPLICATE_KEY:
             break
@@ -154,5 +154,5 @@ async def _modify_again(error: EngineError, params: Params, request: Request, cl
         try:
             return await client.services.engine.write(calls.FIND_AND_MODIFY, params)
         except EngineError as another:
-            error = another
+            error = another.with_traceback(None)
     raise error

@@ -171,7 +171,7 @@ async def test_unacknowledged_requests_are_run_though_the_client_has_gone(gate: 
     assert rig.transport.written == []
 
 
-async def test_so_are_those_behind_a_reply_that_the_client_did_not_take(gate: asyncio.Event) -> None:
+async def test_so_is_one_that_back_pressure_has_met(gate: asyncio.Event) -> None:
     rig = Rig()
     for number in range(2):
         rig.connection.data_received(message({"slow": 1}, number, flags=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import struct
 from collections.abc import Awaitable, Iterable
@@ -20,7 +21,7 @@ from pg_ferret.engine.pipeline import Params, Row
 from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import COMMANDS
 from pg_ferret.state.cursors import Cursors
-from pg_ferret.wire.message import parse
+from pg_ferret.wire.message import Request, parse
 
 Document = dict[str, Any]
 
@@ -387,6 +388,17 @@ def test_a_write_that_was_rolled_back_because_of_others_is_made_again(command: D
     made = engine.shared + engine.apart
     assert len(made) == 3
     assert not engine.failures
+
+
+@pytest.mark.parametrize("command", CHANGES)
+def test_nothing_is_left_of_it_without_a_collection(command: Document) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        run(command, failures=(EngineError("40P01", "deadlock detected") for _ in range(2)))
+        assert not any(type(kept) is Request for kept in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("command", CHANGES)

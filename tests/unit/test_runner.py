@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from pg_ferret.runner import Runner, Turn, Waiter
+from pg_ferret.runner import Runner, Turn, Waiter, let_go
 from tests.turns import settle
 
 
@@ -364,6 +364,32 @@ async def test_a_cancelled_wait_says_so() -> None:
             asked()
 
 
+def test_an_error_is_let_go_of_with_those_that_it_came_from() -> None:
+    class Message:
+        pass
+
+    def fail() -> None:
+        message = Message()
+        messages.append(weakref.ref(message))
+        kept = ValueError()
+        try:
+            raise kept
+        except ValueError:
+            raise LookupError from None
+
+    messages: list[weakref.ref[Message]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            fail()
+        except LookupError as error:
+            let_go(error)
+        assert messages[0]() is None
+    finally:
+        gc.enable()
+
+
 async def test_what_is_cancelled_lets_go_of_all_it_held() -> None:
     class Message:
         pass
@@ -390,8 +416,8 @@ async def test_what_is_cancelled_lets_go_of_all_it_held() -> None:
 
 
 @pytest.mark.parametrize("end", ["result", "error", "cancelled"])
-@pytest.mark.parametrize("early", [False, True])
-async def test_nothing_is_left_of_it_without_a_collection(end: str, early: bool) -> None:
+@pytest.mark.parametrize("when", ["waits", "answered before", "in a task"])
+async def test_nothing_is_left_of_it_without_a_collection(end: str, when: str) -> None:
     class Message:
         pass
 
@@ -407,8 +433,11 @@ async def test_nothing_is_left_of_it_without_a_collection(end: str, early: bool)
             await given.pop()
 
     ended = Runner()
-    if not early:
+    if when == "waits":
         ended.start(serve())
+    elif when == "in a task":
+        task = asyncio.create_task(serve())
+        await settle()
     gc.collect()
     gc.disable()
     try:
@@ -418,14 +447,18 @@ async def test_nothing_is_left_of_it_without_a_collection(end: str, early: bool)
             waiter.set_exception(ValueError())
         else:
             waiter.cancel()
-        if early:
+        if when == "answered before":
             ended.start(serve())
         turn.go_on()
         assert not ended.running
-        with contextlib.suppress(ValueError, asyncio.CancelledError):
-            waiter.result()
+        for asked in ("result", "exception"):
+            with contextlib.suppress(ValueError, asyncio.CancelledError):
+                getattr(waiter, asked)()
         del waiter
         await settle()
+        if when == "in a task":
+            assert task.done()
+            del task
         assert messages[0]() is None
         assert not any(isinstance(kept, Waiter) for kept in gc.get_objects())
     finally:

@@ -49,9 +49,9 @@ def test_a_process_that_has_ended_is_passed_over(pid: int) -> None:
 
 
 def test_of_its_own_work_the_file_stays_open_and_no_other(pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait_for(lambda: work_of(pid))
     work_of(os.getpid())
     before = os.listdir("/proc/self/fd")
+    wait_for(lambda: work_of(pid))
     with subprocess.Popen(["true"]) as process:
         process.wait()
     for other in (pid, process.pid):
