@@ -72,7 +72,7 @@ class Waiter(Generic[_Result]):
         self._done = False
         self._error: BaseException | None = None
         self._calls: list[tuple[Callable[[Any], object], Context | None]] | None = None
-        self._asyncio_future_blocking = False  # by this tasks know a future
+        self._asyncio_future_blocking = False  # by this tasks know a future; True: somebody awaits it
 
     def done(self) -> bool:
         """Whether it has a result, an exception, or was cancelled."""
@@ -129,7 +129,7 @@ class Waiter(Generic[_Result]):
     def __await__(self) -> Generator[Waiter[_Result], None, _Result]:
         try:
             if not self._done:
-                if self._asyncio_future_blocking or self.runner is not None:
+                if self._asyncio_future_blocking:
                     raise RuntimeError("somebody else awaits this")
                 self._asyncio_future_blocking = True
                 yield self

@@ -20,6 +20,13 @@ from pg_ferret.status import StatusTable
 from tests.integration.conftest import configuration
 
 
+def among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a client's requests share, as if there were many others."""
+    monkeypatch.setattr("pg_ferret.engine.shared._CROWD", 0.0)
+    monkeypatch.setattr("pg_ferret.engine.duties._CROWD", 0)
+    monkeypatch.setattr("pg_ferret.engine.duties._NO_CROWD", -1)
+
+
 @asynccontextmanager
 async def serve(cluster: Cluster, transport: asyncio.Transport, connections: int) -> AsyncIterator[Connection]:
     """The connection that has this transport; at most so many serve it."""

@@ -28,7 +28,7 @@ from config.settings import Settings
 from dev.cluster import Cluster, wait_for
 from pg_ferret.connection import Connection
 from tests.integration.conftest import CLIENT_OPTIONS
-from tests.integration.in_process import serve
+from tests.integration.in_process import among_many, serve
 
 Document = dict[str, Any]
 NewCluster = Callable[..., Cluster]
@@ -384,11 +384,8 @@ def counted() -> Iterator[Counter[str]]:
 async def test_instructions(
     cluster: Cluster, client: MongoClient[Document], monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    if operation == "getMore":
-        monkeypatch.setattr("pg_ferret.engine.shared._CROWD", 0.0)  # as among many clients
-    if operation == "updateInLine":
-        monkeypatch.setattr("pg_ferret.engine.duties._CROWD", 0)
-        monkeypatch.setattr("pg_ferret.engine.duties._NO_CROWD", -1)
+    if operation in ("getMore", "updateInLine"):
+        among_many(monkeypatch)
     client.cost.c.drop()
     client.cost.c.insert_many([{"_id": number} for number in range(_WARM + _MEASURED + 10)])
     transport = Transport(operation)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import struct
 from typing import Any
 
 import pytest
-from bson import Int64, decode, encode
+from bson import Int64, decode
 from pymongo import MongoClient
 
 from dev.cluster import Cluster
 from pg_ferret.wire.message import Request
-from tests.integration.in_process import serve
+from tests.garbage import alive, no_collection
+from tests.integration.in_process import among_many, serve
 from tests.turns import wait_until
+from tests.unit.fake_services import message
 
 Document = dict[str, Any]
 _FAILING: dict[str, Document] = {
@@ -50,28 +50,20 @@ async def test_nothing_is_left_of_them_without_a_collection(
     cluster: Cluster, client: MongoClient[Document], monkeypatch: pytest.MonkeyPatch, command: Document, crowd: bool
 ) -> None:
     """The message may be of 48 MB."""
-    if crowd:  # as among many clients
-        monkeypatch.setattr("pg_ferret.engine.shared._CROWD", 0.0)
-        monkeypatch.setattr("pg_ferret.engine.duties._CROWD", 0)
-        monkeypatch.setattr("pg_ferret.engine.duties._NO_CROWD", -1)
+    if crowd:
+        among_many(monkeypatch)
     client.failed.c.drop()
     client.failed.c.create_index("key", unique=True)
     client.failed.c.insert_many([{"_id": number, "key": number} for number in range(3)])
-    body = encode(command | {"$db": "failed"})
-    frame = struct.pack("<iiiiI", 21 + len(body), 1, 0, 2013, 0) + b"\0" + body
+    frame = message(command, db="failed")
     transport = Transport()
     async with serve(cluster, transport, 8) as connection:
         for _ in range(5):
-            gc.collect()
-            gc.disable()
-            try:
+            with no_collection():
                 transport.reply = None
                 connection.data_received(frame)
                 await wait_until(lambda: transport.reply)
-                left = [kept for kept in gc.get_objects() if type(kept) is Request]
-            finally:
-                gc.enable()
-            assert not left
+                assert not alive(Request)
         reply = transport.reply
         assert reply is not None
         assert not reply["ok"] or reply["writeErrors"]

@@ -34,6 +34,6 @@ class Services:
         self.troubles.append(text)
 
 
-def message(command: dict[str, Any], number: int = 1, flags: int = 0) -> bytes:
-    body = bson.encode(command | {"$db": "admin"})
+def message(command: dict[str, Any], number: int = 1, flags: int = 0, db: str = "admin") -> bytes:
+    body = bson.encode(command | {"$db": db})
     return struct.pack("<iiiiI", 21 + len(body), number, 0, 2013, flags) + b"\0" + body

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import struct
 from collections.abc import Awaitable, Iterable
@@ -22,6 +21,7 @@ from pg_ferret.errors import CommandError, EngineError
 from pg_ferret.registry import COMMANDS
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.wire.message import Request, parse
+from tests.garbage import alive, no_collection
 
 Document = dict[str, Any]
 
@@ -392,13 +392,9 @@ def test_a_write_that_was_rolled_back_because_of_others_is_made_again(command: D
 
 @pytest.mark.parametrize("command", CHANGES)
 def test_nothing_is_left_of_it_without_a_collection(command: Document) -> None:
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         run(command, failures=(EngineError("40P01", "deadlock detected") for _ in range(2)))
-        assert not any(type(kept) is Request for kept in gc.get_objects())
-    finally:
-        gc.enable()
+        assert not alive(Request)
 
 
 @pytest.mark.parametrize("command", CHANGES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -12,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from pg_ferret.runner import Runner, Turn, Waiter, let_go
+from tests.garbage import alive, no_collection
 from tests.turns import settle
 
 
@@ -378,16 +378,12 @@ def test_an_error_is_let_go_of_with_those_that_it_came_from() -> None:
             raise LookupError from None
 
     messages: list[weakref.ref[Message]] = []
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         try:
             fail()
         except LookupError as error:
             let_go(error)
         assert messages[0]() is None
-    finally:
-        gc.enable()
 
 
 async def test_what_is_cancelled_lets_go_of_all_it_held() -> None:
@@ -404,15 +400,11 @@ async def test_what_is_cancelled_lets_go_of_all_it_held() -> None:
     turn = Turn(asyncio.get_running_loop())
     runner = Runner()
     runner.start(serve(Waiter(turn)))
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         runner.cancel()
         turn.go_on()
         assert not runner.running
         assert messages[0]() is None
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("end", ["result", "error", "cancelled"])
@@ -438,9 +430,7 @@ async def test_nothing_is_left_of_it_without_a_collection(end: str, when: str) -
     elif when == "in a task":
         task = asyncio.create_task(serve())
         await settle()
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         if end == "result":
             waiter.set_result(Message())
         elif end == "error":
@@ -460,6 +450,4 @@ async def test_nothing_is_left_of_it_without_a_collection(end: str, when: str) -
             assert task.done()
             del task
         assert messages[0]() is None
-        assert not any(isinstance(kept, Waiter) for kept in gc.get_objects())
-    finally:
-        gc.enable()
+        assert not alive(Waiter)
