@@ -25,6 +25,7 @@ from tests.faults import raw
 from tests.faults.load import DATABASE, OPTIONS, Document, code_of, serves
 from tests.faults.runner import fault
 from tests.faults.stage import Missed, Row, Stage, connect, kill, lives, pss
+from tests.wire import message
 
 # What a client may see when the process that serves it dies.
 CUT = "AutoReconnect"
@@ -282,7 +283,7 @@ def client_gone(stage: Stage) -> None:
 
 @fault("a collection locked, its readers gone", "other reads go on, these are cancelled", within=1.5, failures="")
 def locked_reads(stage: Stage) -> None:
-    asking = raw.message({"find": "locked", "filter": {"_id": 1}, "limit": 1, "singleBatch": True, "$db": DATABASE})
+    asking = message({"find": "locked", "filter": {"_id": 1}, "limit": 1, "singleBatch": True, "$db": DATABASE})
     with MongoClient[Document](stage.cluster.uri, **OPTIONS) as client:
         client[DATABASE].locked.replace_one({"_id": 1}, {}, upsert=True)
     catalogue = "documentdb_api_catalog.collections"
@@ -541,7 +542,7 @@ def unread_replies(stage: Stage) -> None:
     highest = sum(map(pss, stage.pids()))
     # client_memory, and for each connection to PostgreSQL one reply of 8 MB: in libpq's buffer, as a page, on its way.
     limit = highest + (64 << 20) + 8 * ((16 + 8 + 8) << 20)
-    asking = raw.message({"find": "big", "$db": DATABASE})
+    asking = message({"find": "big", "$db": DATABASE})
     begun = time.monotonic()
     with stage.calm(), ExitStack() as stack:
         bad = [raw.client(stage, stack) for _ in range(40)]

@@ -5,20 +5,10 @@ from __future__ import annotations
 import socket
 import struct
 from contextlib import ExitStack
-from typing import Any
-
-from bson import encode
 
 from tests.faults.load import DATABASE
 from tests.faults.stage import Missed, Stage
-
-Document = dict[str, Any]
-
-
-def message(document: Document) -> bytes:
-    body = b"\0\0\0\0\0" + encode(document)
-    return struct.pack("<iiii", 16 + len(body), 1, 0, 2013) + body
-
+from tests.wire import message
 
 FIND = message({"find": "rows", "filter": {"_id": 1}, "limit": 1, "singleBatch": True, "$db": DATABASE})
 

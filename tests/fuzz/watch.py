@@ -17,6 +17,7 @@ from pymongo.errors import PyMongoError
 from dev.cluster import Cluster
 from tests.fuzz.lenient import Document, decoded
 from tests.fuzz.traffic import OVERDUE_SECONDS, Findings
+from tests.wire import frame
 
 Command = list[tuple[bytes, int | str]]
 DATABASE = "watchdog"
@@ -180,8 +181,7 @@ class Reader:
 
     def _ask(self, command: Command) -> Document:
         """The answer; one that is an error or cannot be read is a finding, and empty."""
-        data = encoded(command)
-        self._socket.sendall(struct.pack("<iiiiIB", 21 + len(data), 1, 0, 2013, 0, 0) + data)
+        self._socket.sendall(frame(bytes(5) + encoded(command)))
         (length,) = struct.unpack("<i", head := self._exactly(4))
         answer = (head + self._exactly(length - 4))[21:]
         try:

@@ -27,6 +27,7 @@ from pymongo import MongoClient
 from config.settings import Settings
 from dev.cluster import Cluster, wait_for
 from pg_ferret.connection import Connection
+from tests import wire
 from tests.integration.conftest import CLIENT_OPTIONS
 from tests.integration.in_process import among_many, serve
 
@@ -296,13 +297,10 @@ _WARM, _MEASURED = 40, 100
 _SESSION = {"id": Binary(uuid.uuid4().bytes, 4)}
 
 
-def message(command: Document, documents: list[Document] | None = None, name: bytes = b"documents") -> bytes:
+def message(command: Document, documents: list[Document] | None = None, name: str = "documents") -> bytes:
     """An OP_MSG as drivers send it."""
-    body = b"\0" + encode(command | {"lsid": _SESSION, "$db": "cost"})
-    if documents is not None:
-        sequence = name + b"\0" + b"".join(map(encode, documents))
-        body += b"\x01" + struct.pack("<i", 4 + len(sequence)) + sequence
-    return struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body
+    sections = b"" if documents is None else wire.sequence(name, map(encode, documents))
+    return wire.message(command | {"lsid": _SESSION, "$db": "cost"}, sections=sections)
 
 
 def requests(operation: str, transport: Transport) -> Iterator[bytes]:
@@ -318,7 +316,7 @@ def requests(operation: str, transport: Transport) -> Iterator[bytes]:
                 yield message({"getMore": Int64(cursor), "collection": "c", "batchSize": 1})
             case "update" | "updateInLine":
                 change = {"q": {"_id": number % 10}, "u": {"$set": {"n": number}}}
-                yield message({"update": "c", "ordered": True}, [change], b"updates")
+                yield message({"update": "c", "ordered": True}, [change], "updates")
             case "find":
                 yield message({"find": "c", "filter": {"_id": number % 10}, "limit": 1, "singleBatch": True})
             case "page":

@@ -14,7 +14,7 @@ from pg_ferret.wire.message import Request
 from tests.garbage import alive, no_collection
 from tests.integration.in_process import among_many, serve
 from tests.turns import wait_until
-from tests.unit.fake_services import message
+from tests.wire import message
 
 Document = dict[str, Any]
 _FAILING: dict[str, Document] = {
@@ -55,7 +55,7 @@ async def test_nothing_is_left_of_them_without_a_collection(
     client.failed.c.drop()
     client.failed.c.create_index("key", unique=True)
     client.failed.c.insert_many([{"_id": number, "key": number} for number in range(3)])
-    frame = message(command, db="failed")
+    frame = message(command | {"$db": "failed"})
     transport = Transport()
     async with serve(cluster, transport, 8) as connection:
         for _ in range(5):

@@ -17,6 +17,7 @@ from pymongo.database import Database
 from dev.cluster import Cluster, wait_for
 from pg_ferret.engine.limits import conninfo
 from tests.integration.conftest import configuration
+from tests.wire import frame, message, sequence
 
 Document = dict[str, Any]
 
@@ -26,19 +27,6 @@ def wire(cluster: Cluster) -> Iterator[socket.socket]:
     """A bare connection."""
     with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as made:
         yield made
-
-
-def frame(payload: bytes, number: int = 1, opcode: int = 2013) -> bytes:
-    return struct.pack("<iiii", 16 + len(payload), number, 0, opcode) + payload
-
-
-def message(command: Document, number: int = 1, flags: int = 0, sections: bytes = b"") -> bytes:
-    return frame(struct.pack("<I", flags) + b"\0" + bson.encode(command) + sections, number)
-
-
-def sequence(name: str, documents: list[bytes]) -> bytes:
-    content = name.encode() + b"\0" + b"".join(documents)
-    return b"\1" + struct.pack("<i", 4 + len(content)) + content
 
 
 def exactly(connection: socket.socket, size: int) -> bytes:

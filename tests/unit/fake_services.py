@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any, cast
-
-import bson
 
 from pg_ferret.state.backlog import Backlog
 from pg_ferret.state.client import Client, Counters
 from pg_ferret.state.client import Services as RealServices
+from tests import wire
 
 
 class Services:
@@ -34,6 +32,5 @@ class Services:
         self.troubles.append(text)
 
 
-def message(command: dict[str, Any], number: int = 1, flags: int = 0, db: str = "admin") -> bytes:
-    body = bson.encode(command | {"$db": db})
-    return struct.pack("<iiiiI", 21 + len(body), number, 0, 2013, flags) + b"\0" + body
+def message(command: dict[str, Any], number: int = 1, flags: int = 0) -> bytes:
+    return wire.message(command | {"$db": "admin"}, number, flags)

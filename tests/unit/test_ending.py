@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from bson import SON, encode
 
 from pg_ferret.commands.cursors import ending
 from pg_ferret.commands.pipelines import Output
 from pg_ferret.errors import EngineError
 from pg_ferret.state.cursors import Cursor, Cursors, owner
 from pg_ferret.wire.message import Request, parse
+from tests.wire import message
 
 _FAR = float("inf")
 _NAMESPACE = b"db.c"
@@ -79,8 +78,7 @@ async def test_cursors_end_though_the_client_has_gone(cursors: Cursors, after: b
 
 
 def request(pipeline: object) -> Request:
-    body = b"\0" + encode(SON([("aggregate", "c"), ("pipeline", pipeline), ("$db", "db")]))
-    return parse(struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body)
+    return parse(message({"aggregate": "c", "pipeline": pipeline, "$db": "db"}))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import struct
 from collections.abc import Awaitable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from pg_ferret.registry import COMMANDS
 from pg_ferret.state.cursors import Cursors
 from pg_ferret.wire.message import Request, parse
 from tests.garbage import alive, no_collection
+from tests.wire import message, sequence
 
 Document = dict[str, Any]
 
@@ -62,11 +62,8 @@ def run(
     command: Document, *sequences: tuple[str, bytes], failures: Iterable[EngineError] = (), crowd: bool = False
 ) -> Engine:
     """What the pool is asked for, if so many of its calls fail at first; in a crowd pages share."""
-    body = b"\0" + encode(command | {"$db": "db"})
-    for name, data in sequences:
-        section = name.encode() + b"\0" + data
-        body += b"\x01" + struct.pack("<i", 4 + len(section)) + section
-    request = parse(struct.pack("<iiiiI", 20 + len(body), 1, 0, 2013, 0) + body)
+    sections = b"".join(sequence(name, [data]) for name, data in sequences)
+    request = parse(message(command | {"$db": "db"}, sections=sections))
     engine = Engine(failures, crowd)
     services = SimpleNamespace(engine=engine, counters=SimpleNamespace(in_flight=1), unordered=set())
     client = SimpleNamespace(services=services)
@@ -306,8 +303,7 @@ class Scan(Engine):
         return b"page", continuation, self.opened.to_bytes(8, "big")
 
     def ask(self, command: Document) -> None:
-        body = encode(command | {"$db": "db"})
-        request = parse(struct.pack("<iiiiIB", 21 + len(body), 1, 0, 2013, 0, 0) + body)
+        request = parse(message(command | {"$db": "db"}))
         client = SimpleNamespace(services=self, user=b"")
         asyncio.run(cast(Any, COMMANDS[request.name].handler(request, cast(Any, client))))
 

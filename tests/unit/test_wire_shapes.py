@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pg_ferret.errors import CommandError
 from pg_ferret.wire import bson, message
+from tests.wire import message as frame_of
 
 _VALUES = st.one_of(
     st.integers(-(2**31), 2**31 - 1),
@@ -28,11 +29,6 @@ _VALUES = st.one_of(
 )
 _NAMES = st.sampled_from(["find", "filter", "limit", "$db", "lsid", "x"])
 _COMMANDS = st.dictionaries(_NAMES, _VALUES, min_size=1, max_size=5)
-
-
-def frame_of(command: dict[str, Any], number: int = 1) -> bytes:
-    body = oracle.encode(command)
-    return struct.pack("<iiiii", 21 + len(body), number, 0, 2013, 0) + b"\0" + body
 
 
 @pytest.fixture
