@@ -69,6 +69,14 @@ def test_tcp_socket_listens_and_does_not_block() -> None:
             pass
 
 
+def test_connections_have_the_cheapest_congestion_control() -> None:
+    with open_tcp(free_address().text) as sock:
+        sock.setblocking(True)
+        with socket.create_connection(sock.getsockname(), timeout=5), sock.accept()[0] as accepted:
+            name = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    assert name.rstrip(b"\0") == b"reno"
+
+
 def test_ipv6_socket_leaves_ipv4_alone() -> None:
     port = free_address().text.rpartition(":")[2]
     try:
