@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import growth, procfs
 from bench.goals import DECISIVE
-from bench.plan import FULL, PACE, PACED_BY, QUICK, TITLES, Plan, Point, paced
+from bench.plan import FULL, LONGER, PACE, PACED_BY, QUICK, TITLES, Plan, Point, paced
 from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
@@ -58,12 +58,23 @@ def machine() -> dict[str, str]:
     }
 
 
-def measure(targets: list[Target], plan: Plan) -> list[Sample]:
-    """All points, all rounds."""
+def additions() -> float:
+    """Milliseconds in which Python makes a million additions: how quick the machine is at the moment."""
+    started = time.perf_counter()
+    total = 0
+    for number in range(1_000_000):
+        total += number
+    return (time.perf_counter() - started) * 1000
+
+
+def measure(targets: list[Target], plan: Plan) -> tuple[list[Sample], list[float]]:
+    """All points, all rounds; and how long `additions` took before each of these."""
     samples: list[Sample] = []
+    speeds: list[float] = []
     rates: dict[str, float] = {}  # of each target where paced clients take their pace from
     decisive = tuple(point for point in plan.points if (point.op, point.clients) in DECISIVE)
     for number in range(plan.rounds + plan.more):
+        speeds.append(additions())
         for index, point in enumerate(plan.points if number < plan.rounds else decisive):
             able = [target for target in targets if target.can(point)]
             # Whoever comes first finds colder caches: take turns.
@@ -75,12 +86,12 @@ def measure(targets: list[Target], plan: Plan) -> list[Sample]:
             for target in able[turn:] + able[:turn]:
                 if target.name == Pgbench.name and point.clients > _PGBENCH_CLIENTS:
                     continue
-                sample = target.measure(point, plan.seconds, pace)
+                sample = target.measure(point, plan.seconds * LONGER.get(point.op, 1), pace)
                 samples.append(sample)
                 if point == PACED_BY:
                     rates[target.name] = sample.ops / sample.seconds if sample.ops else 0.0
                 say(f"{number + 1}/{plan.rounds + plan.more} {_line(sample)}")
-    return samples
+    return samples, speeds
 
 
 def _line(sample: Sample) -> str:
@@ -150,7 +161,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
         idle = [
             idle_memory(target, plan.idle, plan.rest) for target in targets if plan.idle and target.name != Pgbench.name
         ]
-        samples = measure(targets, plan)
+        samples, speeds = measure(targets, plan)
         loaded = {target.name: target.memory() for target in targets}
         # Before the growth of cost is measured: that changes the number of workers.
         versions = {
@@ -173,6 +184,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
             "launcher_memory": launcher,
             "loaded_memory": loaded,
             "idle": idle,
+            "additions": speeds,
             "samples": [sample.as_dict() for sample in samples],
             "growth": grown,
         }

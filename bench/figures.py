@@ -11,7 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """The figures of one target at one point, each the median of its rounds. Times in microseconds."""
+    """The figures of one target at one point, each the median of its rounds.
+
+    Times in microseconds; how many cores other programs took, and the machine's host.
+    """
 
     rate: float
     p50: float
@@ -20,6 +23,7 @@ class Cell:
     gateway: float
     postgres: float
     others: float
+    stolen: float
     errors: int
     error: str
 
@@ -65,7 +69,7 @@ def _cell(samples: list[dict[str, Any]]) -> Cell:
     error = next((sample["error"] for sample in samples if sample["error"]), "")
     errors = sum(sample["errors"] for sample in samples)
     if not (good := [sample for sample in samples if sample["ops"]]):
-        return Cell(0, 0, 0, 0, 0, 0, 0, errors, error)
+        return Cell(0, 0, 0, 0, 0, 0, 0, 0, errors, error)
 
     def middle(figure: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(map(figure, good))
@@ -77,15 +81,11 @@ def _cell(samples: list[dict[str, Any]]) -> Cell:
         p999=middle(lambda sample: sample["p999"]),
         gateway=middle(lambda sample: sample["gateway_cpu"] / sample["ops"] * 1e6),
         postgres=middle(lambda sample: sample["postgres_cpu"] / sample["ops"] * 1e6),
-        others=middle(_disturbance),
+        others=middle(lambda sample: sample["other_cpu"] / sample["seconds"]),
+        stolen=middle(lambda sample: sample["stolen_cpu"] / sample["seconds"]),
         errors=errors,
         error=error,
     )
-
-
-def _disturbance(sample: dict[str, Any]) -> float:
-    """How many cores other programs took."""
-    return float(sample["other_cpu"] / sample["seconds"])
 
 
 def ratios_of(run: dict[str, Any]) -> dict[Key, Ratio]:

@@ -44,9 +44,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """``rounds`` passes over ``points``, each for ``seconds`` per target, and ``more`` over those that decide whether a
-    goal is reached; so many ``idle`` clients at once, one number after the other, and ``rest`` seconds before memory is
-    looked at.
+    """``rounds`` passes over ``points``, each for ``seconds`` per target (or `LONGER`), and ``more`` over those that
+    decide whether a goal is reached; so many ``idle`` clients at once, one number after the other, and ``rest`` seconds
+    before memory is looked at.
 
     And pg_ferret alone with so many ``cursors`` open and so many ``collections`` more, if any.
     """
@@ -65,6 +65,10 @@ class Plan:
 # round where each sent its next request when it had its answer.
 PACE = 0.4
 PACED_BY = Point("find", 64)
+
+
+# Operations that take so long that a round has few of them are measured for so many times as long.
+LONGER = {"group": 3}
 
 
 def paced(op: str) -> str:

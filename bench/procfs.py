@@ -49,10 +49,10 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return ticks / _TICKS
 
 
-def busy_seconds() -> float:
-    """CPU time the whole machine has been busy since it started, with what its host took away (steal)."""
+def machine_seconds() -> tuple[float, float]:
+    """CPU time since the machine started: of all programs, and what its host gave to others though wanted here."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split(None, 9)[1:9])
-    return (user + nice + system + irq + softirq + steal) / _TICKS
+    return (user + nice + system + irq + softirq) / _TICKS, steal / _TICKS
 
 
 def pss_bytes(pids: Iterable[int]) -> int:

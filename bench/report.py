@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from bench.figures import cells, ratios_of, slowdowns
 from bench.goals import BESIDE, goals
-from bench.plan import PACED_BY, TITLES, paced
+from bench.plan import LONGER, PACED_BY, TITLES, paced
 from bench.plot import plot
 
 _BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
@@ -23,13 +24,18 @@ _BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
 def table(run: dict[str, Any]) -> str:
     """The Markdown between the markers."""
     more = f", of {run['rounds'] + run['more']} where a goal depends on it" if run.get("more") else ""
+    found = cells(run)
+    measured = {op for op, _ in found}
+    longer = "".join(f", {times} times as long for {TITLES[op]}" for op, times in LONGER.items() if op in measured)
     versions = "; ".join(f"{name} {version}" for name, version in run["versions"].items())
     lines = [
-        f"`{run['command']}` on {run['date']}: medians of {run['rounds']} rounds of {run['seconds']:g} s{more}.",
+        f"`{run['command']}` on {run['date']}: medians of {run['rounds']} rounds of {run['seconds']:g} s{more}"
+        f"{longer}.",
         f"{run['machine']['cpu']}, {run['machine']['memory']}, {run['machine']['system']}; the load generator runs on"
         " the same machine.",
         f"{versions}.",
-        f"Other programs took {_others(run):.2f} cores in those rounds.",
+        f"Other programs took {_mean(run, 'others'):.2f} cores in those rounds, the machine's host"
+        f" {_mean(run, 'stolen'):.2f} (steal). A million additions in Python took {_additions(run)}.",
         "",
         "| operation | clients | target | ops/s | p50 ms | p99 ms | p99.9 ms | CPU µs per op: gateway | PostgreSQL |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
@@ -44,7 +50,7 @@ def table(run: dict[str, Any]) -> str:
     ]
     compared = ratios_of(run)
     problems = []
-    for (op, clients), row in cells(run).items():
+    for (op, clients), row in found.items():
         for target, cell in row.items():
             if not cell.rate:
                 lines.append(f"| {TITLES[op]} | {clients} | {target} | failed | | | | | |")
@@ -77,9 +83,15 @@ def table(run: dict[str, Any]) -> str:
     )
 
 
-def _others(run: dict[str, Any]) -> float:
-    found = [cell.others for row in cells(run).values() for cell in row.values() if cell.rate]
+def _mean(run: dict[str, Any], figure: str) -> float:
+    found = [getattr(cell, figure) for row in cells(run).values() for cell in row.values() if cell.rate]
     return sum(found) / len(found) if found else 0.0
+
+
+def _additions(run: dict[str, Any]) -> str:
+    """By this runs on different machines, or at different times of day, can be told apart."""
+    found = sorted(run["additions"])
+    return f"{statistics.median(found):.0f} ms ({found[0]:.0f} to {found[-1]:.0f})"
 
 
 def _beside(run: dict[str, Any]) -> list[str]:

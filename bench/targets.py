@@ -38,10 +38,21 @@ class Sample:
     gateway_cpu: float = 0.0
     postgres_cpu: float = 0.0
     other_cpu: float = 0.0  # of everything that has nothing to do with the measurement
+    stolen_cpu: float = 0.0  # what the machine's host gave to others though it was wanted here
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
+
+
+_Cpu = tuple[float, float, float, float]  # of a gateway, of PostgreSQL, of all programs, stolen
+
+
+def _book(sample: Sample, before: _Cpu, after: _Cpu) -> None:
+    """Enter what each has taken; the load generator's is there already."""
+    gateway, postgres, busy, stolen = (late - early for late, early in zip(after, before, strict=True))
+    sample.gateway_cpu, sample.postgres_cpu, sample.stolen_cpu = gateway, postgres, stolen
+    sample.other_cpu = max(0.0, busy - gateway - postgres - sample.driver_cpu)
 
 
 class Load:
@@ -128,8 +139,7 @@ class Target:
         after = self._cpu()
         load.close()
         sample = Sample(self.name, point.op, point.clients, **result)  # type: ignore[arg-type]
-        sample.gateway_cpu, sample.postgres_cpu, busy = (a - b for a, b in zip(after, before, strict=True))
-        sample.other_cpu = max(0.0, busy - sample.gateway_cpu - sample.postgres_cpu - sample.driver_cpu)
+        _book(sample, before, after)
         return sample
 
     def memory(self) -> tuple[int, int]:
@@ -143,9 +153,9 @@ class Target:
     def stop(self) -> None:
         """End what start began."""
 
-    def _cpu(self) -> tuple[float, float, float]:
+    def _cpu(self) -> _Cpu:
         gateway, postgres = self.gateway(), self.postgres()
-        return procfs.cpu_seconds(gateway), procfs.cpu_seconds(postgres), procfs.busy_seconds()
+        return procfs.cpu_seconds(gateway), procfs.cpu_seconds(postgres), *procfs.machine_seconds()
 
 
 def pg_ferret_launcher(cluster: Cluster) -> int | None:
@@ -274,10 +284,9 @@ class Pgbench(Target):
         command += ["-h", self.cluster.socket_dir, "-p", str(self.cluster.pg_port), "-U", SERVER_USER, "postgres"]
         before, driver = self._cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        _, sample.postgres_cpu, busy = (a - b for a, b in zip(self._cpu(), before, strict=True))
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        after, usage = self._cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
         sample.driver_cpu = usage.ru_utime + usage.ru_stime - driver.ru_utime - driver.ru_stime
-        sample.other_cpu = max(0.0, busy - sample.postgres_cpu - sample.driver_cpu)
+        _book(sample, before, after)
         if done.returncode:
             sample.error = next(line for line in done.stderr.splitlines() if "error" in line)
             return sample

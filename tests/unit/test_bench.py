@@ -8,7 +8,8 @@ from pathlib import Path
 from bench.__main__ import measure
 from bench.goals import DECISIVE
 from bench.plan import FULL, PACED_BY, QUICK, Plan, Point, paced
-from bench.targets import Sample, Target
+from bench.report import table
+from bench.targets import Sample, Target, _book
 from dev.cluster import Cluster
 
 
@@ -19,10 +20,12 @@ class _Gateway(Target):
         super().__init__(Cluster(Path("nowhere")), Path("nowhere"))
         self.name = name
         self.paces: list[int] = []
+        self.seconds: list[float] = []
         self._rates = rates
 
     def measure(self, point: Point, seconds: float, pace: int = 0) -> Sample:
         self.paces.append(pace)
+        self.seconds.append(seconds)
         ops = self._rates.pop(0) if point == PACED_BY else pace
         return Sample(self.name, point.op, point.clients, ops, 1.0)
 
@@ -40,6 +43,22 @@ def test_paced_clients_send_all_gateways_the_same_part_of_what_the_slower_one_ha
     for plan in (FULL, QUICK):
         at = [index for index, point in enumerate(plan.points) if paced(point.op)]
         assert all(index > plan.points.index(PACED_BY) for index in at)
+
+
+def test_what_takes_long_is_measured_for_longer_and_the_table_says_so_and_how_much_others_took() -> None:
+    gateway = _Gateway("pg_ferret", [8_000])
+    samples, speeds = measure([gateway], Plan((PACED_BY, Point("group", 16)), rounds=1, seconds=2.0, idle=()))
+    assert gateway.seconds == [2.0, 6.0]
+    assert len(speeds) == 1
+    assert speeds[0] > 0
+    _book(samples[0], (1.0, 2.0, 10.0, 5.0), (1.25, 2.5, 11.0, 5.75))
+    assert (samples[0].gateway_cpu, samples[0].postgres_cpu) == (0.25, 0.5)
+    machine = {"cpu": "a CPU", "memory": "1 GB", "system": "a system"}
+    run = {"command": "make bench", "date": "today", "rounds": 1, "seconds": 2.0, "versions": {}, "machine": machine}
+    text = table(run | {"samples": [one.as_dict() for one in samples], "additions": [60.0, 70.0, 80.0], "idle": []})
+    assert "medians of 1 rounds of 2 s, 3 times as long for $group over 10,000.\n" in text
+    assert "Other programs took 0.25 cores in those rounds, the machine's host 0.75 (steal)." in text
+    assert "took 70 ms (60 to 80)" in text
 
 
 def test_the_load_generator_knows_what_is_measured() -> None:
