@@ -1,7 +1,7 @@
 """make bench: measure all targets, interleaved, and write what came out as JSON.
 
-``python3 -m bench --bin DIR --out FILE [--quick] [--only OPERATION...] [--rounds N]`` inside dev/enter. Every point is
-measured for one target after the other before the next point comes, in several passes, so that whatever else the
+``python3 -m bench --bin DIR --out FILE [--quick] [--only OPERATION...] [--rounds N]`` inside dev/enter. At every
+point the gateways take turns of half a second before the next point comes, in several passes, so that whatever else the
 machine does meets all of them.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import growth, procfs
 from bench.goals import DECISIVE
-from bench.plan import FULL, LONGER, PACE, PACED_BY, QUICK, TITLES, Plan, Point, paced
+from bench.plan import FULL, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
 from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
@@ -34,8 +34,6 @@ _SETTINGS = {
     "autovacuum": "off",
     "ferretdb.max_connections": "20000",
 }
-# pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
-_PGBENCH_CLIENTS = 64
 
 
 def say(text: str) -> None:
@@ -77,21 +75,34 @@ def measure(targets: list[Target], plan: Plan) -> tuple[list[Sample], list[float
         speeds.append(additions())
         for index, point in enumerate(plan.points if number < plan.rounds else decisive):
             able = [target for target in targets if target.can(point)]
-            # Whoever comes first finds colder caches: take turns.
-            turn = (index + number) % len(able)
-            pace = round(PACE * min(rates[target.name] for target in able)) if paced(point.op) else 0
+            gateways = [target for target in able if not isinstance(target, Pgbench)]
+            pace = round(PACE * min(rates[target.name] for target in gateways)) if paced(point.op) else 0
             if paced(point.op) and not pace:
                 say(f"{number + 1}/{plan.rounds + plan.more} {TITLES[point.op]}: skipped, no pace: see above")
                 continue
-            for target in able[turn:] + able[:turn]:
-                if target.name == Pgbench.name and point.clients > _PGBENCH_CLIENTS:
-                    continue
-                sample = target.measure(point, plan.seconds * LONGER.get(point.op, 1), pace)
-                samples.append(sample)
+            seconds = plan.seconds * LONGER.get(point.op, 1)
+            found = _in_turns(gateways, point, seconds, pace, first=index + number)
+            found += [target.measure(point, seconds) for target in able if target not in gateways]
+            samples += found
+            for sample in found:
                 if point == PACED_BY:
-                    rates[target.name] = sample.ops / sample.seconds if sample.ops else 0.0
+                    rates[sample.target] = sample.ops / sample.seconds if sample.ops else 0.0
                 say(f"{number + 1}/{plan.rounds + plan.more} {_line(sample)}")
     return samples, speeds
+
+
+def _in_turns(targets: list[Target], point: Point, seconds: float, pace: int, first: int) -> list[Sample]:
+    """One operation at all of them. What the machine does at the moment meets them all: they change several times.
+
+    Whoever comes first finds colder caches: that changes, too.
+    """
+    turns = 1 if beside(point.op) else TURNS
+    runs = [target.begin(point, seconds, pace, turns) for target in targets]
+    for turn in range(first, first + turns):
+        at = turn % len(runs)
+        for run in runs[at:] + runs[:at]:
+            run.go()
+    return [run.end() for run in runs]
 
 
 def _line(sample: Sample) -> str:

@@ -67,6 +67,8 @@ PACE = 0.4
 PACED_BY = Point("find", 64)
 
 
+# Turns into which the time of a point is divided.
+TURNS = 4
 # Operations that take so long that a round has few of them are measured for so many times as long.
 LONGER = {"group": 3}
 
@@ -74,6 +76,11 @@ LONGER = {"group": 3}
 def paced(op: str) -> str:
     """The operation that is measured at a pace; empty if it is not."""
     return op.replace("-paced", "") if "-paced" in op else ""
+
+
+def beside(op: str) -> bool:
+    """Whether one of the clients aggregates meanwhile; it goes on when the others have ended, so there are no turns."""
+    return op.endswith("-beside")
 
 
 def _points(**clients: tuple[int, ...]) -> tuple[Point, ...]:

@@ -16,6 +16,8 @@ from bench.plan import Point, paced
 from dev.cluster import PG_BIN, SERVER_USER, Cluster, answers_hello, free_port, server_user, wait_for
 
 # All targets read and write the same documents: copies, by where they happen to lie in memory, differ by a tenth.
+# pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
+_PGBENCH_CLIENTS: Final = 64
 DATABASE: Final = "bench"
 
 
@@ -48,22 +50,20 @@ class Sample:
 _Cpu = tuple[float, float, float, float]  # of a gateway, of PostgreSQL, of all programs, stolen
 
 
-def _book(sample: Sample, before: _Cpu, after: _Cpu) -> None:
-    """Enter what each has taken; the load generator's is there already."""
-    gateway, postgres, busy, stolen = (late - early for late, early in zip(after, before, strict=True))
-    sample.gateway_cpu, sample.postgres_cpu, sample.stolen_cpu = gateway, postgres, stolen
-    sample.other_cpu = max(0.0, busy - gateway - postgres - sample.driver_cpu)
+def _book(sample: Sample, *spans: tuple[_Cpu, _Cpu]) -> None:
+    """Enter what each has taken between these moments; the load generator's is there already."""
+    taken = [[late - early for early, late in zip(*span, strict=True)] for span in spans]
+    sample.gateway_cpu, sample.postgres_cpu, busy, sample.stolen_cpu = map(sum, zip(*taken, strict=True))
+    sample.other_cpu = max(0.0, busy - sample.gateway_cpu - sample.postgres_cpu - sample.driver_cpu)
 
 
 class Load:
-    """A load generator that has prepared everything and waits for ``go``."""
+    """A load generator that has prepared everything and runs for a turn whenever it is told to."""
 
-    def __init__(self, program: Path, uri: str, point: Point, seconds: float, pace: int) -> None:
-        op = paced(point.op) or point.op
-        arguments = ["-uri", uri, "-db", DATABASE, "-op", op, "-clients", str(point.clients), "-rate", str(pace)]
+    def __init__(self, command: list[str | Path]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
-            [program, *arguments, "-seconds", str(seconds)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -72,7 +72,7 @@ class Load:
         self.ready = _pipe(self._process.stdout).readline() == "ready\n"
 
     def run(self) -> dict[str, object]:
-        """Say go, wait for the result, or for {"error": …}."""
+        """Say go, wait for the result of all turns so far, or for {"error": …}."""
         line = ""
         if self.ready:
             stdin = _pipe(self._process.stdin)
@@ -82,6 +82,7 @@ class Load:
         if line:
             result: dict[str, object] = json.loads(line)
             return result
+        self.ready = False
         self._process.communicate()
         self._errors.seek(0)
         return {"error": self._errors.read().strip() or f"exit status {self._process.returncode}"}
@@ -127,20 +128,25 @@ class Target:
         command: list[str | Path] = [self.bin_dir / "load", "-setup", "-uri", self.uri, "-db", DATABASE]
         subprocess.run(command, check=True)
 
-    def load(self, point: Point, seconds: float, pace: int = 0) -> Load:
-        """Start the load generator; it waits for ``run``, then sends ``pace`` requests a second, if that is not 0."""
-        return Load(self.bin_dir / "load", self.uri, point, seconds, pace)
+    def load(self, point: Point, seconds: float, pace: int = 0, turns: int = 1) -> Load:
+        """Start the load generator, which is to run for so long in so many equal turns.
 
-    def measure(self, point: Point, seconds: float, pace: int = 0) -> Sample:
-        """One run of one operation."""
-        load = self.load(point, seconds, pace)
-        before = self._cpu()
-        result = load.run()
-        after = self._cpu()
-        load.close()
-        sample = Sample(self.name, point.op, point.clients, **result)  # type: ignore[arg-type]
-        _book(sample, before, after)
-        return sample
+        It then sends ``pace`` requests a second, if that is not 0.
+        """
+        numbers = {"clients": point.clients, "seconds": seconds, "rate": pace, "turns": turns}
+        command: list[str | Path] = [self.bin_dir / "load", "-uri", self.uri, "-db", DATABASE]
+        command += ["-op", paced(point.op) or point.op, *[f"-{name}={value}" for name, value in numbers.items()]]
+        return Load(command)
+
+    def begin(self, point: Point, seconds: float, pace: int = 0, turns: int = 1) -> Run:
+        """Prepare one run of one operation; as for `load`."""
+        return Run(self, point, seconds, pace, turns)
+
+    def measure(self, point: Point, seconds: float) -> Sample:
+        """One run of one operation, by itself."""
+        run = self.begin(point, seconds)
+        run.go()
+        return run.end()
 
     def memory(self) -> tuple[int, int]:
         """PSS of the gateway and of PostgreSQL, in bytes."""
@@ -153,9 +159,35 @@ class Target:
     def stop(self) -> None:
         """End what start began."""
 
-    def _cpu(self) -> _Cpu:
+    def cpu(self) -> _Cpu:
+        """What has been taken until now."""
         gateway, postgres = self.gateway(), self.postgres()
         return procfs.cpu_seconds(gateway), procfs.cpu_seconds(postgres), *procfs.machine_seconds()
+
+
+class Run:
+    """One operation at one gateway, so many seconds in so many turns: others have theirs between them."""
+
+    def __init__(self, target: Target, point: Point, seconds: float, pace: int, turns: int) -> None:
+        self._target, self._point = target, point
+        self._load = target.load(point, seconds, pace, turns)
+        self._result: dict[str, object] = {}
+        self._spans: list[tuple[_Cpu, _Cpu]] = []
+
+    def go(self) -> None:
+        """One turn."""
+        if self._spans and not self._load.ready:
+            return  # it has failed
+        before = self._target.cpu()
+        self._result = self._load.run()
+        self._spans.append((before, self._target.cpu()))
+
+    def end(self) -> Sample:
+        """What all turns have given."""
+        self._load.close()
+        sample = Sample(self._target.name, self._point.op, self._point.clients, **self._result)  # type: ignore[arg-type]
+        _book(sample, *self._spans)
+        return sample
 
 
 def pg_ferret_launcher(cluster: Cluster) -> int | None:
@@ -265,7 +297,7 @@ class Pgbench(Target):
         )
 
     def can(self, point: Point) -> bool:
-        return point.op == "find"
+        return point.op == "find" and point.clients <= _PGBENCH_CLIENTS
 
     def gateway(self) -> set[int]:
         return set()
@@ -273,7 +305,7 @@ class Pgbench(Target):
     def setup(self) -> None:
         """It reads what another target has loaded."""
 
-    def measure(self, point: Point, seconds: float, pace: int = 0) -> Sample:
+    def measure(self, point: Point, seconds: float) -> Sample:
         sample = Sample(self.name, point.op, point.clients)
         log = Path(self._directory.name) / "log"
         # pgbench counts whole seconds.
@@ -282,11 +314,11 @@ class Pgbench(Target):
         command += ["-T", str(max(1, round(seconds))), "-l", f"--log-prefix={log}"]
         command += ["-c", str(point.clients), "-j", str(min(point.clients, 2))]
         command += ["-h", self.cluster.socket_dir, "-p", str(self.cluster.pg_port), "-U", SERVER_USER, "postgres"]
-        before, driver = self._cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        before, driver = self.cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        after, usage = self._cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        after, usage = self.cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
         sample.driver_cpu = usage.ru_utime + usage.ru_stime - driver.ru_utime - driver.ru_stime
-        _book(sample, before, after)
+        _book(sample, (before, after))
         if done.returncode:
             sample.error = next(line for line in done.stderr.splitlines() if "error" in line)
             return sample

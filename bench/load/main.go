@@ -1,9 +1,10 @@
 // Command load drives one MongoDB server with one operation through the official Go driver: in a closed loop, or at a
 // rate.
 //
-// With -setup it loads the documents that the operations read. Otherwise it connects, prepares, prints "ready", waits
-// for a line on standard input, runs for -seconds, prints one JSON object (type result), and cleans up. Its caller takes
-// the CPU clocks of the servers when it says go and when the result comes.
+// With -setup it loads the documents that the operations read. Otherwise it connects, prepares, and prints "ready". Then,
+// -turns times, it waits for a line on standard input, runs for its part of -seconds and prints one JSON object (type
+// result): all that it has measured so far. At last it cleans up. Its caller takes the CPU clocks of the servers when it
+// says go and when the result comes, and may have another one run between two turns.
 package main
 
 import (
@@ -64,6 +65,7 @@ func run() error {
 	name := flag.String("op", "find", "operation")
 	clients := flag.Int("clients", 16, "concurrent clients")
 	seconds := flag.Float64("seconds", 3, "length of the measurement")
+	turns := flag.Int("turns", 1, "in how many parts it is made")
 	rate := flag.Int("rate", 0, "requests that all clients together send a second, answered or not; 0: a closed loop")
 	setup := flag.Bool("setup", false, "load the documents instead")
 	flag.Parse()
@@ -80,7 +82,7 @@ func run() error {
 	case "idle":
 		return idle(*uri, *database, *clients)
 	case "connect":
-		return report(connectStorm(*uri, *clients, *seconds))
+		return report(connectStorm(*uri, *clients, *turns, *seconds))
 	}
 	opts := options.Client().ApplyURI(*uri).SetMaxPoolSize(uint64(*clients)).SetMaxConnecting(16).
 		SetServerSelectionTimeout(10 * time.Second)
@@ -97,7 +99,7 @@ func run() error {
 	if !ok {
 		return fmt.Errorf("no operation %q", *name)
 	}
-	if err := report(measure(ctx, db, op, *clients, *rate, *seconds)); err != nil {
+	if err := report(measure(ctx, db, op, *clients, *rate, *turns, *seconds)); err != nil {
 		return err
 	}
 	if op.cleanup == nil {
@@ -128,9 +130,11 @@ func report(r *result, err error) error {
 	return json.NewEncoder(os.Stdout).Encode(r)
 }
 
-// measure runs one operation in `count` loops for the given time, at `rate` a second if that is not 0. A client that does
-// something else leaves out its share of them.
-func measure(ctx context.Context, db *mongo.Database, op operation, count, rate int, seconds float64) (*result, error) {
+// measure runs one operation in `count` loops for the given time, in turns, at `rate` a second if that is not 0. A client
+// that does something else leaves out its share of them.
+func measure(
+	ctx context.Context, db *mongo.Database, op operation, count, rate, turns int, seconds float64,
+) (*result, error) {
 	if op.prepare != nil {
 		if err := op.prepare(ctx, db, count, seconds); err != nil {
 			return nil, fmt.Errorf("prepare: %w", err)
@@ -153,11 +157,7 @@ func measure(ctx context.Context, db *mongo.Database, op operation, count, rate 
 			return nil, fmt.Errorf("first call: %w", c.err)
 		}
 	}
-	waitForGo()
-	before := ownCPU()
-	start := time.Now()
-	end := start.Add(time.Duration(seconds * float64(time.Second)))
-	each(clients, func(c *client) {
+	return inTurns(clients, turns, seconds, func(c *client, start, end time.Time) {
 		step := op.run
 		if op.other != nil && c.number == 0 {
 			step = op.other
@@ -190,16 +190,39 @@ func measure(ctx context.Context, db *mongo.Database, op operation, count, rate 
 			}
 		}
 	})
-	// The one that does something else may go on for a while.
-	last := start
-	for _, c := range clients {
-		if c.last.After(last) {
-			last = c.last
+}
+
+// inTurns has all clients run, in so many equal parts of the given time, each when the caller says so, and reports after
+// each part but the last, whose result it returns.
+func inTurns(clients []*client, turns int, seconds float64, run func(c *client, start, end time.Time)) (*result, error) {
+	fmt.Println("ready")
+	input := bufio.NewReader(os.Stdin)
+	length := time.Duration(seconds / float64(turns) * float64(time.Second))
+	active, cpu := 0.0, 0.0
+	for turn := 1; ; turn++ {
+		if _, err := input.ReadString('\n'); err != nil {
+			return nil, fmt.Errorf("turn %d: %w", turn, err)
+		}
+		before, start := ownCPU(), time.Now()
+		each(clients, func(c *client) { run(c, start, start.Add(length)) })
+		cpu += ownCPU() - before
+		// One that does something else may go on for a while: it is not counted.
+		last := start
+		for _, c := range clients {
+			if c.last.After(last) {
+				last = c.last
+			}
+		}
+		active += last.Sub(start).Seconds()
+		r := summary(clients, active)
+		r.DriverCPU = cpu
+		if turn == turns {
+			return r, nil
+		}
+		if err := report(r, nil); err != nil {
+			return nil, err
 		}
 	}
-	r := summary(clients, last.Sub(start).Seconds())
-	r.DriverCPU = ownCPU() - before
-	return r, nil
 }
 
 // warmUp is the operation itself, unless it consumes what was prepared.
@@ -242,12 +265,6 @@ func summary(clients []*client, seconds float64) *result {
 		r.P50, r.P99, r.P999, r.Max = at(0.5), at(0.99), at(0.999), at(1)
 	}
 	return r
-}
-
-// waitForGo tells the caller that all is prepared, and waits for its line.
-func waitForGo() {
-	fmt.Println("ready")
-	bufio.NewReader(os.Stdin).ReadString('\n')
 }
 
 func ownCPU() float64 {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -18,6 +19,9 @@ import (
 
 // documents is how many there are in "docs" (about 150 bytes each) and in "ycsb" (10 fields of 100 bytes).
 const documents = 10_000
+
+// inserted and deleted are of this process alone: two of them take turns on one server.
+var inserted, deleted = "inserted-" + strconv.Itoa(os.Getpid()), "deleted-" + strconv.Itoa(os.Getpid())
 
 // manyCollections is how many findAnywhere asks.
 const manyCollections = 10_000
@@ -42,12 +46,12 @@ type operation struct {
 var operations = map[string]operation{
 	"ping":              {run: ping},
 	"find":              {run: find},
-	"insert":            {run: insert, cleanup: drop("inserted")},
-	"insert-array":      {run: insertArray, cleanup: drop("inserted")},
+	"insert":            {run: insert, cleanup: drop(inserted)},
+	"insert-array":      {run: insertArray, cleanup: drop(inserted)},
 	"update":            {run: update},
-	"delete":            {run: remove, warm: ping, prepare: fillForDelete, cleanup: drop("deleted")},
+	"delete":            {run: remove, warm: ping, prepare: fillForDelete, cleanup: drop(deleted)},
 	"findAndModify":     {run: findAndModify},
-	"insertMany":        {run: insertMany, cleanup: drop("inserted")},
+	"insertMany":        {run: insertMany, cleanup: drop(inserted)},
 	"page":              {run: page},
 	"count":             {run: count},
 	"scan":              {run: scan},
@@ -56,7 +60,7 @@ var operations = map[string]operation{
 	"ycsb-a":            {run: ycsb(50)},
 	"ycsb-b":            {run: ycsb(95)},
 	"ycsb-c":            {run: ycsb(100)},
-	"insert-1MB":        {run: insertBig, cleanup: drop("inserted")},
+	"insert-1MB":        {run: insertBig, cleanup: drop(inserted)},
 	"find-1MB":          {run: findBig},
 	"find-beside":       {run: find, other: slow},
 	"find-anywhere":     {run: findAnywhere},
@@ -184,7 +188,7 @@ func insert(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.db.Collection("inserted").InsertOne(ctx, one[0])
+	_, err = c.db.Collection(inserted).InsertOne(ctx, one[0])
 	return err
 }
 
@@ -195,7 +199,7 @@ func insertArray(ctx context.Context, c *client) error {
 		return err
 	}
 	documents := bson.A{withID(one[0].(bson.Raw))}
-	return c.db.RunCommand(ctx, bson.D{{Key: "insert", Value: "inserted"}, {Key: "documents", Value: documents}}).Err()
+	return c.db.RunCommand(ctx, bson.D{{Key: "insert", Value: inserted}, {Key: "documents", Value: documents}}).Err()
 }
 
 // withID adds the _id, as drivers do in InsertOne and InsertMany.
@@ -222,7 +226,7 @@ var nextDeleted atomic.Int64
 func fillForDelete(ctx context.Context, db *mongo.Database, clients int, seconds float64) error {
 	deletedSize = int(min(float64(clients)*4000, 20_000) * seconds)
 	random := rand.New(rand.NewPCG(3, 3))
-	return fill(ctx, db.Collection("deleted"), deletedSize, func(id int) any { return small(id, random) })
+	return fill(ctx, db.Collection(deleted), deletedSize, func(id int) any { return small(id, random) })
 }
 
 func remove(ctx context.Context, c *client) error {
@@ -230,7 +234,7 @@ func remove(ctx context.Context, c *client) error {
 	if id >= deletedSize {
 		return errExhausted
 	}
-	_, err := c.db.Collection("deleted").DeleteOne(ctx, byID(id))
+	_, err := c.db.Collection(deleted).DeleteOne(ctx, byID(id))
 	return err
 }
 
@@ -244,7 +248,7 @@ func insertMany(ctx context.Context, c *client) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.db.Collection("inserted").InsertMany(ctx, batch)
+	_, err = c.db.Collection(inserted).InsertMany(ctx, batch)
 	return err
 }
 
@@ -333,7 +337,7 @@ func ycsb(reads int) step {
 }
 
 func insertBig(ctx context.Context, c *client) error {
-	_, err := c.db.Collection("inserted").InsertOne(ctx, big(bson.NewObjectID()))
+	_, err := c.db.Collection(inserted).InsertOne(ctx, big(bson.NewObjectID()))
 	return err
 }
 

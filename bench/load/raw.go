@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -102,7 +103,10 @@ func idle(uri, database string, count int) error {
 		}
 		defer connections[i].Close()
 	}
-	waitForGo()
+	fmt.Println("ready")
+	if _, err = bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+		return err
+	}
 	for i, connection := range connections {
 		reply, err := greeter.exchange(connection, find)
 		if err != nil {
@@ -120,7 +124,7 @@ func idle(uri, database string, count int) error {
 }
 
 // connectStorm counts how often clients can connect, say hello and leave.
-func connectStorm(uri string, count int, seconds float64) (*result, error) {
+func connectStorm(uri string, count, turns int, seconds float64) (*result, error) {
 	greeters := make([]*greeter, count)
 	for i := range greeters {
 		var err error
@@ -132,11 +136,8 @@ func connectStorm(uri string, count int, seconds float64) (*result, error) {
 	for i := range clients {
 		clients[i] = &client{number: i}
 	}
-	waitForGo()
-	before, start := ownCPU(), time.Now()
-	end := start.Add(time.Duration(seconds * float64(time.Second)))
-	each(clients, func(c *client) {
-		for now := time.Now(); now.Before(end); {
+	return inTurns(clients, turns, seconds, func(c *client, start, end time.Time) {
+		for now := start; now.Before(end); {
 			connection, err := greeters[c.number].hello()
 			then := now
 			now = time.Now()
@@ -147,10 +148,7 @@ func connectStorm(uri string, count int, seconds float64) (*result, error) {
 			// A reset instead of TIME_WAIT: the client's ports must last.
 			connection.(*net.TCPConn).SetLinger(0)
 			connection.Close()
-			c.latencies = append(c.latencies, now.Sub(then))
+			c.latencies, c.last = append(c.latencies, now.Sub(then)), now
 		}
 	})
-	r := summary(clients, time.Since(start).Seconds())
-	r.DriverCPU = ownCPU() - before
-	return r, nil
 }

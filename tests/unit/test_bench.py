@@ -9,25 +9,42 @@ from bench.__main__ import measure
 from bench.goals import DECISIVE
 from bench.plan import FULL, PACED_BY, QUICK, Plan, Point, paced
 from bench.report import table
-from bench.targets import Sample, Target, _book
+from bench.targets import Run, Sample, Target, _book
 from dev.cluster import Cluster
 
 
 class _Gateway(Target):
     """Answers so many requests a second, and notes how many it is sent."""
 
-    def __init__(self, name: str, rates: list[int]) -> None:
+    def __init__(self, name: str, rates: list[int], order: list[str] | None = None) -> None:
         super().__init__(Cluster(Path("nowhere")), Path("nowhere"))
         self.name = name
         self.paces: list[int] = []
         self.seconds: list[float] = []
+        self.order = [] if order is None else order
         self._rates = rates
 
-    def measure(self, point: Point, seconds: float, pace: int = 0) -> Sample:
+    def begin(self, point: Point, seconds: float, pace: int = 0, turns: int = 1) -> Run:
         self.paces.append(pace)
         self.seconds.append(seconds)
-        ops = self._rates.pop(0) if point == PACED_BY else pace
-        return Sample(self.name, point.op, point.clients, ops, 1.0)
+        return _Run(self, point, self._rates.pop(0) if point == PACED_BY else pace, turns)
+
+
+class _Run(Run):
+    """Answers when it has had all its turns."""
+
+    def __init__(self, gateway: _Gateway, point: Point, ops: int, turns: int) -> None:
+        self._turns = turns
+        self._sample = Sample(gateway.name, point.op, point.clients, ops, 1.0)
+        self._gateway = gateway
+
+    def go(self) -> None:
+        self._turns -= 1
+        self._gateway.order.append(self._gateway.name)
+
+    def end(self) -> Sample:
+        assert self._turns == 0
+        return self._sample
 
 
 def test_what_decides_a_goal_is_measured() -> None:
@@ -45,13 +62,28 @@ def test_paced_clients_send_all_gateways_the_same_part_of_what_the_slower_one_ha
         assert all(index > plan.points.index(PACED_BY) for index in at)
 
 
+def test_gateways_take_turns_and_each_is_first_at_every_other() -> None:
+    order: list[str] = []
+    gateways = [_Gateway(name, [8_000, 8_000], order) for name in "ab"]
+    measure([*gateways], Plan((PACED_BY,), rounds=2, seconds=2.0, idle=()))
+    assert "".join(order) == "abba" * 2 + "baab" * 2
+    order.clear()
+    gateways = [_Gateway(name, [8_000], order) for name in "ab"]
+    measure([*gateways], Plan((PACED_BY, Point("find-paced-beside", 64)), rounds=1, seconds=2.0, idle=()))
+    assert "".join(order[8:]) == "ba"
+
+
 def test_what_takes_long_is_measured_for_longer_and_the_table_says_so_and_how_much_others_took() -> None:
     gateway = _Gateway("pg_ferret", [8_000])
     samples, speeds = measure([gateway], Plan((PACED_BY, Point("group", 16)), rounds=1, seconds=2.0, idle=()))
     assert gateway.seconds == [2.0, 6.0]
     assert len(speeds) == 1
     assert speeds[0] > 0
-    _book(samples[0], (1.0, 2.0, 10.0, 5.0), (1.25, 2.5, 11.0, 5.75))
+    _book(
+        samples[0],
+        ((1.0, 2.0, 10.0, 5.0), (1.25, 2.25, 10.5, 5.5)),
+        ((1.25, 3.0, 12.0, 6.0), (1.25, 3.25, 12.5, 6.25)),
+    )
     assert (samples[0].gateway_cpu, samples[0].postgres_cpu) == (0.25, 0.5)
     machine = {"cpu": "a CPU", "memory": "1 GB", "system": "a system"}
     run = {"command": "make bench", "date": "today", "rounds": 1, "seconds": 2.0, "versions": {}, "machine": machine}
