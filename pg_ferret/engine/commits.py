@@ -66,6 +66,7 @@ class Commits:
     __slots__ = (
         "_coming",
         "_elsewhere",
+        "_flushes",
         "_in_line",
         "_loop",
         "_next",
@@ -83,15 +84,17 @@ class Commits:
         elsewhere: Callable[[Committed], None],
         coming: Callable[[], int],
         in_line: Callable[[Call, Params], Waiter[Row] | None],
+        flushes: Callable[[], None],
     ) -> None:
         """`elsewhere` has writes flushed by any other connection; `coming` tells how many are about to be committed.
 
-        `in_line` makes a call where writes stand in line, if there is such a connection.
+        `in_line` makes a call where writes stand in line, if there is such a connection; `flushes` hears of each flush.
         """
         self._loop = loop
         self._elsewhere = elsewhere
         self._in_line = in_line
         self._coming = coming
+        self._flushes = flushes
         self._timer: asyncio.TimerHandle | None = None  # there while a flush waits for them
         self._next: Committed | None = None
         self._scheduled = False
@@ -143,6 +146,7 @@ class Commits:
         committed, self._next = self._next, None
         if committed is None:
             return
+        self._flushes()
         flush = self._ask((committed.incarnation,))
         if flush is None:
             self._pass_on(committed)

@@ -17,25 +17,27 @@ _MOST: Final = 8
 class Crowd:
     """One kind of requests."""
 
-    __slots__ = ("_few", "_many", "_mean", "_there")
+    __slots__ = ("_few", "_many", "_mean", "there")
 
     def __init__(self, many: float, few: float) -> None:
         """It is there from so ``many`` others in the mean on, fewer than 8, until there are so ``few``."""
         self._many = many
         self._few = few
         self._mean = 0.0
-        self._there = False
+        self.there = False
 
     def meets(self, others: int) -> bool:
         """To be asked once for every request, which has met so many others under way: whether there is a crowd."""
         self._mean = mean = self._mean + ((others if others < _MOST else _MOST) - self._mean) * _WEIGHT
-        if mean >= self._many:
-            self._there = True
-        elif mean <= self._few:
-            self._there = False
-        return self._there
+        if self.there:
+            if mean > self._few:
+                return True
+            self.there = False
+        elif mean >= self._many:
+            self.there = True
+        return self.there
 
     def forget(self) -> None:
         """There has been nobody for long."""
         self._mean = 0.0
-        self._there = False
+        self.there = False

@@ -39,7 +39,7 @@ Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 class Duties:
     """The kinds of them, and who has them."""
 
-    __slots__ = ("_crowd", "commits", "connections", "finds", "pages", "wanted", "writes")
+    __slots__ = ("_others", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Duties:
         flush_elsewhere: Callable[[Committed], None],
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
-        self.commits = Commits(turn.loop, flush_elsewhere, self._coming, self._in_line)
+        self.commits = Commits(turn.loop, flush_elsewhere, self._coming, self._in_line, self._flushes)
         lag = Lag(turn.loop)
 
         def reads(line: type[PointLine] | type[PageLine]) -> Reads:
@@ -62,7 +62,8 @@ class Duties:
         shapes = Shapes()
         make = partial(WriteLine, turn=turn, shapes=shapes, committed=self.commits.add, owner=owner)
         self.writes = Writes(make, shapes, room)
-        self._crowd = Crowd(_CROWD, _NO_CROWD)  # of writes
+        self.crowd = Crowd(_CROWD, _NO_CROWD)  # of writes
+        self._others = room.others
         self.wanted: list[Duty] = []  # each is to get the next connection that comes free and fits
         self.connections = 0  # that are lines
 
@@ -85,21 +86,29 @@ class Duties:
         several = limits.processors > 1
         writes = min(_MOST_LINES_OF_WRITES, limits.processors, max(0, room - finds - 1 - several))
         flush = several and writes > 0
+        if not writes:
+            self.crowd.forget()
         self.finds.allot(finds)
         self.writes.allot(writes)
         self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
         self.commits.apart = flush
 
-    def crowded(self, under_way: int) -> bool:
-        """To be asked once for every write: whether it had better share connection and flush.
+    def _flushes(self) -> None:
+        self.meet(itself=1)
 
-        There are so many others that have connections of their own, or wait for one.
+    def meet(self, itself: int = 0) -> bool:
+        """To be asked for every write while there is no crowd, else for every flush: whether writes had better share.
+
+        For a flush, ``itself`` of those that wait are one that it serves.
         """
-        return self.writes.allowed and self._crowd.meets(under_way + self.commits.pending + self.writes.waiting)
+        if not self.writes.most:
+            return False
+        waiting = sum(line.waiting for line in self.writes.all)
+        return self.crowd.meets(self._others() + self.commits.pending + waiting - itself)
 
     def idle(self) -> None:
         """Nobody has written for long."""
-        self._crowd.forget()
+        self.crowd.forget()
 
     def missing(self) -> Duty | None:
         """What has yet to be there for writes to share a flush: the connection that flushes, or the line that does."""
@@ -137,7 +146,7 @@ class Duties:
         """It serves no more; tells whether it did."""
         wrote = self.writes.remove(line)
         if wrote and not self.writes.all:
-            self._crowd.forget()
+            self.crowd.forget()
         found = wrote or self.finds.remove(line) or self.pages.remove(line)
         self.connections -= found
         return found

@@ -94,12 +94,12 @@ AnyLine = TypeVar("AnyLine", bound=Line)
 class Lines(Generic[AnyLine]):
     """The connections of one kind: more than one only if there is work for more."""
 
-    __slots__ = ("_make", "_most", "all")
+    __slots__ = ("_make", "all", "most")
 
     def __init__(self, make: Callable[[Session], AnyLine]) -> None:
         self.all: list[AnyLine] = []
         self._make = make
-        self._most = 0
+        self.most = 0  # so many there may be
 
     def fits(self, backend: Backend) -> bool:
         """Whether a connection may become one of them."""
@@ -113,12 +113,7 @@ class Lines(Generic[AnyLine]):
     @property
     def due(self) -> bool:
         """Whether there may be another one."""
-        return len(self.all) < self._most
-
-    @property
-    def allowed(self) -> bool:
-        """Whether there may be any."""
-        return self._most > 0
+        return len(self.all) < self.most
 
     @property
     def busy(self) -> int:
@@ -127,7 +122,7 @@ class Lines(Generic[AnyLine]):
 
     def allot(self, most: int) -> None:
         """So many there may be; those beyond take nobody any more."""
-        self._most = most
+        self.most = most
         self._changed()
         for line in self.all[most:]:
             line.retire()

@@ -62,7 +62,7 @@ class Pool:
         self._shortage_told = -math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         owner = Owner(self._elsewhere, self._line_ended, self._line_stalled, self._unclaimed)
-        room = Room(self._crowded, self._alone, self._apart, self._has_room, self._want)
+        room = Room(self._crowded, self._alone, self._apart, self._has_room, self._want, self._apart_now)
         self._duties = duties = Duties(turn, owner, room, self._by_itself, self._flush_elsewhere)
         self._commits = duties.commits
         self.finds, self.pages, self.writes = duties.finds, duties.pages, duties.writes
@@ -171,14 +171,18 @@ class Pool:
 
     def _crowded(self) -> bool:
         """To be asked once for every write: whether it shares; has who flushes found, if that is due."""
-        flusher = self._commits.backend is not None
-        # Those that have a connection of their own or wait for one.
-        if not self._duties.crowded(len(self._all) - len(self._idle) - flusher + len(self._queue.requests)):
+        duties = self._duties
+        if not (duties.crowd.there or duties.meet()):
             return False
-        if flusher or (missing := self._duties.missing()) is None:
+        if self._commits.backend is not None or (missing := duties.missing()) is None:
             return True
+        duties.meet()  # there are no flushes that would tell
         self._want(missing)
         return False
+
+    def _apart_now(self) -> int:
+        flusher = self._commits.backend is not None
+        return len(self._all) - len(self._idle) - flusher + len(self._queue.requests)
 
     def _flush_elsewhere(self, committed: Committed) -> None:
         if self._closed:

@@ -197,4 +197,4 @@ class Reads(Lines[ReadLine]):
         return self._measured(self, read) if line is None else line.add(read)
 
     def _changed(self) -> None:
-        self._only = self.all[0] if len(self.all) == self._most == 1 else None
+        self._only = self.all[0] if len(self.all) == self.most == 1 else None

@@ -119,15 +119,13 @@ class WriteLine(Line):
 
     def begin(self) -> None:
         """Set the connection up."""
-        nobody: Waiter[Row] = Waiter(self._turn)
-        nobody.cancel()
-        self._send(Shared(SET_UP_WRITES, (_LOCK_MILLISECONDS, _CPU_OPERATOR_COST), b"", 0), nobody)
+        self.add(Shared(SET_UP_WRITES, (_LOCK_MILLISECONDS, _CPU_OPERATOR_COST), b"", 0)).cancel()
 
     def takes(self, shape: int) -> bool:
         """Whether a write may join."""
         queue = self.queue
         now = self._loop.time()
-        if self._leaving or self.lost or len(queue) >= _MOST_WAITING or self._shapes.get(shape, math.inf) > now:
+        if self._leaving or len(queue) >= _MOST_WAITING or self._shapes.get(shape, math.inf) > now:
             return False
         if not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS:
             return True
@@ -145,7 +143,7 @@ class WriteLine(Line):
     @property
     def open(self) -> bool:
         """Whether a write may join if there is no other way, though it may be slow, or we are late."""
-        return not (self._leaving or self.lost) and len(self.queue) < _MOST_WAITING
+        return not self._leaving and len(self.queue) < _MOST_WAITING
 
     @property
     def waiting(self) -> int:
@@ -154,14 +152,10 @@ class WriteLine(Line):
     def add(self, write: Shared) -> Waiter[Row]:
         """The future gets the result when it is durable; it raises EngineError or EngineLostError."""
         waiter: Waiter[Row] = Waiter(self._turn)
-        self._send(write, waiter)
-        return waiter
-
-    def _send(self, write: Shared, waiter: Waiter[Row]) -> None:
         queue = self.queue
         if self.lost:
             waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
-            return
+            return waiter
         if not queue:
             self._since = self._loop.time()
             self._starts()
@@ -175,6 +169,7 @@ class WriteLine(Line):
             self._sync()
         except psycopg.Error:
             self._end()
+        return waiter
 
     def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:
@@ -247,7 +242,7 @@ class WriteLine(Line):
     def _give_up(self) -> None:
         """Serve no more; nobody knows what becomes of those who wait: PostgreSQL may still make their writes."""
         self.detach()
-        self.lost = True
+        self.lost = self._leaving = True
         self.busy = False
         queue, self.queue = self.queue, deque()
         for _, waiter in queue:
@@ -285,6 +280,7 @@ class Room(NamedTuple):
     apart: Callable[[Call, Params], Awaitable[Row]]  # make a write on a connection of its own
     free: Callable[[], bool]  # whether there is such a connection, or may be
     want: Callable[[Writes], None]  # have another connection become a line
+    others: Callable[[], int]  # how many requests have connections of their own, or wait for one
 
 
 class Writes(Lines[WriteLine]):
@@ -295,19 +291,11 @@ class Writes(Lines[WriteLine]):
     def __init__(self, make: Callable[[Session], WriteLine], shapes: Shapes, room: Room) -> None:
         super().__init__(make)
         self._shapes = shapes
-        self._crowded, self._alone, self._apart, self._free, self._want = room
+        self._crowded, self._alone, self._apart, self._free, self._want, _ = room
 
     def add(self, connection: Session) -> None:
         super().add(connection)
         self.all[-1].begin()
-
-    @property
-    def waiting(self) -> int:
-        """How many writes wait at them."""
-        waiting = 0
-        for line in self.all:  # for every write: a generator would cost twice as much
-            waiting += len(line.queue)
-        return waiting
 
     def coming(self) -> int:
         """How many are about to be committed; some may turn out to change nothing."""
@@ -331,9 +319,16 @@ class Writes(Lines[WriteLine]):
         """
         if not self._crowded():
             return self._alone(write.call, write.params[:-1])
-        line = self._line_for(write.shape)
-        if (line is None or len(line.queue) >= _FULL) and self.due:
+        for line in self.all:
+            if len(line.queue) < _FULL and line.takes(write.shape):
+                return line.add(write)
+        return self._pressed(write)
+
+    def _pressed(self, write: Shared) -> Awaitable[Row]:
+        """Where no line has room that takes it."""
+        if self.due:
             self._want(self)
+        line = self.shortest([line for line in self.all if line.takes(write.shape)])
         if line is None and not self._free():
             line = self.shortest(other for other in self.all if other.open)
         if line is not None:
@@ -341,13 +336,6 @@ class Writes(Lines[WriteLine]):
         if write.shape in self._shapes:
             return self._apart(write.call, write.params)
         return self._first(write)
-
-    def _line_for(self, shape: int) -> WriteLine | None:
-        """Of the lines that take a write the first one with room; where none has any, the shortest."""
-        for line in self.all:
-            if len(line.queue) < _FULL and line.takes(shape):
-                return line
-        return self.shortest([line for line in self.all if line.takes(shape)])
 
     async def _first(self, write: Shared) -> Row:
         """The first of its shape may have a collection made."""

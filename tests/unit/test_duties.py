@@ -12,6 +12,7 @@ from pg_ferret.engine.duties import Duties
 from pg_ferret.engine.limits import Limits
 from pg_ferret.engine.lines import Owner
 from pg_ferret.engine.writes import Room
+from pg_ferret.runner import Waiter
 from tests.unit.fake_line import Loop, Server
 
 
@@ -23,11 +24,18 @@ class Stage:
     """Duties for so many connections and processors."""
 
     def __init__(self, largest: int = 40, processors: int = 2) -> None:
-        self.turn = Loop().turn
+        self.loop = Loop()
+        self.turn = self.loop.turn
         owner = Owner(_nothing, _nothing, _nothing, _nothing)
-        room = Room(_nothing, _nothing, _nothing, _nothing, _nothing)
+        self.others = 0
+        room = Room(_nothing, _nothing, _nothing, _nothing, _nothing, lambda: self.others)
         self.duties = Duties(self.turn, owner, room, _nothing, _nothing)
         self.duties.allot(Limits(1, largest, None, processors=processors))
+
+    def meet(self, others: int, times: int = 100) -> bool:
+        """So many requests that meet so many others: whether the last one of them has met a crowd."""
+        self.others = others
+        return [self.duties.meet() for _ in range(times)][-1]
 
     def backend(self) -> Backend:
         return Backend(cast(Any, Server()), self.turn, Lender(_nothing, _nothing, _nothing, _nothing))
@@ -83,10 +91,10 @@ def test_one_connection_flushes_if_that_is_allowed() -> None:
         duties.want(duties.commits)
         assert duties.give(duties.commits, backend) == given
     assert duties.commits.backend is flusher
-    few = Stage(largest=6).duties
-    few.want(few.commits)
-    assert not few.give(few.commits, flusher)
-    assert not any(few.crowded(100) for _ in range(100))  # nobody could flush
+    few = Stage(largest=6)
+    few.duties.want(few.duties.commits)
+    assert not few.duties.give(few.duties.commits, flusher)
+    assert not few.meet(100)  # nobody could flush
 
 
 def test_a_connection_with_large_buffers_serves_one_at_a_time() -> None:
@@ -98,28 +106,37 @@ def test_a_connection_with_large_buffers_serves_one_at_a_time() -> None:
 
 
 def test_writes_share_while_they_meet_many_wherever_these_wait() -> None:
-    duties = Stage().duties
-    assert not duties.crowded(8)  # a single time
-    assert [duties.crowded(5) for _ in range(100)][-1]
-    assert [duties.crowded(3) for _ in range(100)][-1]  # fewer than would have begun it
+    stage = Stage()
+    duties = stage.duties
+    assert not stage.meet(8, times=1)
+    assert stage.meet(5)
+    assert stage.meet(3)  # fewer than would have begun it
     duties.commits.pending = 3
-    assert [duties.crowded(0) for _ in range(100)][-1]
+    assert stage.meet(0)
     duties.commits.pending = 0
     duties.writes.add(cast(Any, Server()))
     (line,) = duties.writes.all
     line.queue.extend([cast(Any, None)] * 3)
-    assert [duties.crowded(0) for _ in range(100)][-1]
+    assert stage.meet(0)
     line.queue.clear()
-    assert not [duties.crowded(2) for _ in range(100)][-1]
-    assert not [duties.crowded(3) for _ in range(100)][-1]
+    assert not stage.meet(2)
+    assert not stage.meet(3)
+
+
+@pytest.mark.parametrize("others", [2, 3])
+def test_writes_that_share_are_counted_when_they_are_flushed(others: int) -> None:
+    stage = Stage()
+    assert stage.meet(8)
+    stage.others = others
+    for _ in range(100):
+        stage.duties.commits.add(Waiter(stage.turn), (b"reply", b"\x01", b"12345678"))
+        stage.loop.run()
+    assert stage.duties.crowd.there == (others == 3)  # beside the one that is flushed
 
 
 def test_a_line_flushes_for_a_worker_of_one_processor() -> None:
     stage = Stage(processors=1)
     duties = stage.duties
-    for _ in range(100):
-        duties.crowded(5)
-    assert duties.crowded(5)
     assert duties._in_line(FLUSH_COMMITS, (b"12345678",)) is None  # there is none yet
     assert duties.missing() is duties.writes
     server = Server()
@@ -130,21 +147,23 @@ def test_a_line_flushes_for_a_worker_of_one_processor() -> None:
 
 
 def test_writes_forget_a_rush_with_their_last_line() -> None:
-    duties = Stage().duties
+    stage = Stage()
+    duties = stage.duties
     for _ in range(2):
         duties.writes.add(cast(Any, Server()))
-    assert [duties.crowded(8) for _ in range(100)][-1]
+    assert stage.meet(8)
     duties.remove(duties.writes.all[0])
-    assert duties.crowded(3)
+    assert stage.meet(3, times=1)
     duties.finds.add(cast(Any, Server()))
     duties.remove(duties.finds.all[0])
-    assert duties.crowded(3)
+    assert stage.meet(3, times=1)
     duties.remove(duties.writes.all[0])
-    assert not any(duties.crowded(3) for _ in range(100))
+    assert not stage.meet(3)
 
 
 def test_writes_forget_a_rush_when_nobody_has_written_for_long() -> None:
-    duties = Stage().duties
-    assert [duties.crowded(8) for _ in range(100)][-1]
+    stage = Stage()
+    duties = stage.duties
+    assert stage.meet(8)
     duties.idle()
-    assert not any(duties.crowded(3) for _ in range(100))
+    assert not stage.meet(3)

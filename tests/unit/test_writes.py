@@ -192,7 +192,7 @@ class Pool:
         self.apart: list[Params] = []
         self.wanted = 0
         self.is_free = True
-        room = Room(lambda: self.is_crowded, self._alone, self._apart, lambda: self.is_free, self._want)
+        room = Room(lambda: self.is_crowded, self._alone, self._apart, lambda: self.is_free, self._want, lambda: 0)
         lines = iter([stage.line, *(other.line for other in more)])
         self.writes = Writes(lambda _: next(lines), stage.shapes, room)
         self.writes.allot(2)
@@ -248,12 +248,12 @@ def test_writes_behind_one_that_takes_long_are_not_about_to_be_committed(stage: 
         one.server.give(one.line, row(b"30", b"0.1"), sync())
         one.line.add(_WRITE)
     stage.line.add(_WRITE)
-    assert (pool.writes.waiting, pool.writes.coming()) == (3, 3)
+    assert (stage.line.waiting, pool.writes.coming()) == (2, 3)
     stage.loop.run(0.006)
     second.loop.run(0.004)
-    assert (pool.writes.waiting, pool.writes.coming()) == (3, 0)
+    assert (stage.line.waiting, pool.writes.coming()) == (2, 0)
     stage.server.give(stage.line, row(*_DONE), sync())
-    assert (pool.writes.waiting, pool.writes.coming()) == (2, 1)
+    assert (stage.line.waiting, pool.writes.coming()) == (1, 1)
 
 
 def test_the_first_write_of_a_shape_is_made_apart(stage: Stage) -> None:
@@ -290,13 +290,17 @@ class Flushes:
         self.coming = 0
         self.in_line: list[Waiter[Row]] = []
         self.has_line = True
+        self.flushed = 0
         self.commits = Commits(
-            cast(Any, self.loop), self.elsewhere.append, lambda: self.coming, lambda *_: self._in_line()
+            cast(Any, self.loop), self.elsewhere.append, lambda: self.coming, lambda *_: self._in_line(), self._flushes
         )
         self.commits.apart = True
         lender = Lender(lambda _: None, lambda _: None, lambda _, __: None, lambda _, __: None)
         self.backend = Backend(cast(Any, self.server), self.loop.turn, lender)
         self.commits.backend = self.backend
+
+    def _flushes(self) -> None:
+        self.flushed += 1
 
     def _in_line(self) -> Waiter[Row] | None:
         if not self.has_line:
@@ -331,6 +335,7 @@ def test_one_flush_serves_all_of_a_turn_and_the_next_one_all_of_meanwhile(flushe
     flushes.answer(row(b""))
     assert all(waiter.done() for waiter in second)
     assert not flushes.commits.flushing
+    assert flushes.flushed == 2
 
 
 def test_a_flush_waits_while_more_are_coming_than_it_would_serve(flushes: Flushes) -> None:
