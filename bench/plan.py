@@ -69,6 +69,8 @@ PACED_BY = Point("find", 64)
 
 # Turns into which the time of a point is divided.
 TURNS = 4
+# Before each: a gateway and a load generator in Go go on for a while, to collect their garbage.
+PAUSE_SECONDS = 0.05
 # Operations that take so long that a round has few of them are measured for so many times as long.
 LONGER = {"group": 3}
 
