@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import growth, procfs
 from bench.goals import DECISIVE
-from bench.plan import FULL, LONGER, PACE, PACED_BY, PAUSE_SECONDS, QUICK, TITLES, TURNS, Plan, Point, beside, paced
+from bench.plan import FULL, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
 from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
@@ -101,7 +101,6 @@ def _in_turns(targets: list[Target], point: Point, seconds: float, pace: int, fi
     for turn in range(first, first + turns):
         at = turn % len(runs)
         for run in runs[at:] + runs[:at]:
-            time.sleep(PAUSE_SECONDS)
             run.go()
     return [run.end() for run in runs]
 

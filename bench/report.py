@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.figures import cells, ratios_of, slowdowns
+from bench.figures import Cell, Key, cells, ratios_of, slowdowns
 from bench.goals import BESIDE, goals
 from bench.plan import LONGER, PACED_BY, TITLES, paced
 from bench.plot import plot
@@ -34,8 +34,8 @@ def table(run: dict[str, Any]) -> str:
         f"{run['machine']['cpu']}, {run['machine']['memory']}, {run['machine']['system']}; the load generator runs on"
         " the same machine.",
         f"{versions}.",
-        f"Other programs took {_mean(run, 'others'):.2f} cores in those rounds, the machine's host"
-        f" {_mean(run, 'stolen'):.2f} (steal). A million additions in Python took {_additions(run)}.",
+        f"Other programs took {_mean(found, 'others'):.2f} cores in those rounds, the machine's host"
+        f" {_mean(found, 'stolen'):.2f} (steal). A million additions in Python took {_additions(run)}.",
         "",
         "| operation | clients | target | ops/s | p50 ms | p99 ms | p99.9 ms | CPU µs per op: gateway | PostgreSQL |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
@@ -83,8 +83,8 @@ def table(run: dict[str, Any]) -> str:
     )
 
 
-def _mean(run: dict[str, Any], figure: str) -> float:
-    found = [getattr(cell, figure) for row in cells(run).values() for cell in row.values() if cell.rate]
+def _mean(points: dict[Key, dict[str, Cell]], figure: str) -> float:
+    found = [getattr(cell, figure) for row in points.values() for cell in row.values() if cell.rate]
     return sum(found) / len(found) if found else 0.0
 
 

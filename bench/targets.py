@@ -7,18 +7,19 @@ import os
 import resource
 import subprocess
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from bench import procfs
-from bench.plan import Point, paced
+from bench.plan import PAUSE_SECONDS, Point, paced
 from dev.cluster import PG_BIN, SERVER_USER, Cluster, answers_hello, free_port, server_user, wait_for
 
 # All targets read and write the same documents: copies, by where they happen to lie in memory, differ by a tenth.
+DATABASE: Final = "bench"
 # pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
 _PGBENCH_CLIENTS: Final = 64
-DATABASE: Final = "bench"
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Load:
         )
         self.ready = _pipe(self._process.stdout).readline() == "ready\n"
 
-    def run(self) -> dict[str, object]:
+    def run(self) -> dict[str, Any]:
         """Say go, wait for the result of all turns so far, or for {"error": …}."""
         line = ""
         if self.ready:
@@ -80,7 +81,7 @@ class Load:
             stdin.flush()
             line = _pipe(self._process.stdout).readline()
         if line:
-            result: dict[str, object] = json.loads(line)
+            result: dict[str, Any] = json.loads(line)
             return result
         self.ready = False
         self._process.communicate()
@@ -171,13 +172,14 @@ class Run:
     def __init__(self, target: Target, point: Point, seconds: float, pace: int, turns: int) -> None:
         self._target, self._point = target, point
         self._load = target.load(point, seconds, pace, turns)
-        self._result: dict[str, object] = {}
+        self._result: dict[str, Any] = {}
         self._spans: list[tuple[_Cpu, _Cpu]] = []
 
     def go(self) -> None:
         """One turn."""
         if self._spans and not self._load.ready:
             return  # it has failed
+        time.sleep(PAUSE_SECONDS)
         before = self._target.cpu()
         self._result = self._load.run()
         self._spans.append((before, self._target.cpu()))
@@ -185,7 +187,7 @@ class Run:
     def end(self) -> Sample:
         """What all turns have given."""
         self._load.close()
-        sample = Sample(self._target.name, self._point.op, self._point.clients, **self._result)  # type: ignore[arg-type]
+        sample = Sample(self._target.name, self._point.op, self._point.clients, **self._result)
         _book(sample, *self._spans)
         return sample
 
