@@ -469,7 +469,7 @@ def _disturbed(stage: Stage, seconds: float, quiet: tuple[float, float]) -> None
     stage.note("p99 before ms", round(before * 1000, 1))
     stage.note("p99 under it ms", round(after * 1000, 1))
     # Below 5 ms it is the scheduler of a busy machine that is measured.
-    limit = 2 * max(before, 0.005)
+    limit = 2 * stage.patience * max(before, 0.005)
     stage.check(after <= limit, f"the others' p99 went from {before * 1000:.1f} to {after * 1000:.1f} ms")
 
 

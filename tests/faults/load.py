@@ -53,6 +53,7 @@ class Load:
         self.doubtful: Counter[int] = Counter()  # failed, and perhaps done all the same
         self.failures: list[tuple[float, str]] = []  # when, and which
         self.latencies: list[tuple[float, float]] = []  # when it ended, and seconds
+        self._under_way: dict[int, float] = {}  # thread -> when it began
         self.wrong: list[str] = []
         self._writers = writers
         tasks: list[Callable[[], None]] = [lambda number=number: self._write(number) for number in range(writers)]  # type: ignore[misc]
@@ -90,9 +91,14 @@ class Load:
         return Counter(code for at, code in self.failures if at >= since)
 
     def p99(self, start: float, end: float) -> float:
-        """Seconds that the slowest hundredth of the requests between two times took at least."""
-        found = sorted(seconds for at, seconds in self.latencies if start <= at <= end)
-        return found[int(len(found) * 0.99)] if found else float("inf")
+        """Seconds that the slowest hundredth of the requests between two times took at least.
+
+        One that waits still has taken as long as it has waited: those that are never answered are the slowest.
+        """
+        with self._lock:
+            found = [seconds for at, seconds in self.latencies if start <= at <= end]
+            found += [end - began for began in self._under_way.values() if began < end]
+        return percentile(found, 0.99)
 
     def lost(self, uri: str) -> int:
         """Acknowledged writes that are not there, asked of a fresh client."""
@@ -109,18 +115,22 @@ class Load:
         return missing
 
     def _repeat(self, task: Callable[[], None]) -> None:
+        thread = threading.get_ident()
         while not self._stop.is_set():
-            started = time.monotonic()
+            with self._lock:
+                started = self._under_way[thread] = time.monotonic()
             try:
                 task()
             except PyMongoError as error:
                 with self._lock:
+                    del self._under_way[thread]
                     self.failures.append((started, code_of(error)))
                 # A client whose server is away does not spin.
                 self._stop.wait(0.02)
             else:
                 with self._lock:
                     ended = time.monotonic()
+                    del self._under_way[thread]
                     self.latencies.append((ended, ended - started))
 
     def _write(self, number: int) -> None:
