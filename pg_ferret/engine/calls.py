@@ -6,11 +6,16 @@ the parameters are sent: 0 as text, 1 as the type's binary form, which for ``bso
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from struct import Struct
 from typing import Final
 
 TEXT: Final = 0
 BINARY: Final = 1
+# The types of an array's elements.
+TEXT_OID: Final = 25
+BYTEA_OID: Final = 17
 
 # Shapes of parameters.
 _BSON = (BINARY,)
@@ -28,6 +33,9 @@ _COMMAND_AT: Final = _KEEPS_AT + len(_KEEPS_NOTHING) + len(b"\x10qk\0") + 4
 _NEWER: Final = b"\x03qd\0"
 _SCAN_AT: Final = len(b"\x03dc\0") + 4
 _BY_ID: Final = b"\x10type\0\x02\0\0\0"
+
+_ARRAY = Struct(">iiIii").pack  # dimensions, whether there are NULLs, type, and of the one dimension: size, first index
+_LENGTH = Struct(">i").pack
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # read several times for each request: quicker than a named tuple
@@ -63,6 +71,15 @@ def id_array(cursor_ids: list[int]) -> bytes:
     return b"{%s}" % ",".join(map(str, cursor_ids)).encode()
 
 
+def array(kind: int, values: Iterable[bytes | memoryview]) -> bytes:
+    """A one-dimensional array of PostgreSQL, as array_recv() takes it, of a type that is told by its oid."""
+    parts: list[bytes | memoryview] = [b""]
+    for value in values:
+        parts += _LENGTH(len(value)), value
+    parts[0] = _ARRAY(1, 0, kind, len(parts) // 2, 1)
+    return b"".join(parts)
+
+
 def _columns(*names: str, of: str, more: str = "") -> str:
     """The statement for some columns of the only row of a function.
 
@@ -83,7 +100,15 @@ _FIRST_PAGE = _columns("cursorpage", "continuation", "cursorid", of="documentdb_
 
 # (db, spec) -> page, continuation or NULL, cursor id (53 bits of pg_strong_random)
 FIND = _call("find", _FIRST_PAGE.format("find", "ferretdb.checked_find($2)"), _DB_BSON, opens=True)
-# The same, whose cursor goes on as ever.
+# (dbs, specs), as `array` makes them -> a page, and a continuation or NULL, for each, in their order
+FIND_MANY = _call(
+    "find_many",
+    "SELECT (result).cursorpage, (result).continuation FROM ("
+    "SELECT documentdb_api.find_cursor_first_page(db, ferretdb.checked_find(spec)) AS result"
+    " FROM unnest($1::text[], $2::bytea[]) AS asked(db, spec)) AS called",
+    (BINARY, BINARY),
+)
+# The same as FIND, whose cursor goes on as ever.
 FIND_AS_EVER = _call("find_as_ever", _FIRST_PAGE.format("find", _SPEC), _DB_BSON, opens=True)
 AGGREGATE = _call("aggregate", _FIRST_PAGE.format("aggregate", _SPEC), _DB_BSON, opens=True)
 # (db, spec) -> page: these come whole

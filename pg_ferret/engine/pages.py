@@ -115,11 +115,10 @@ class PageLine(ReadLine):
         elif status != PIPELINE_ABORTED:
             self._fail(result)
 
-    def _next_answered(self) -> Waiting | None:
-        if self._answered:
-            return None
+    def _refused(self) -> tuple[bytes, list[Waiting]]:
+        refused = [] if self._answered else [self._queue[0]]
         self._answered = 1
-        return self._queue[0]
+        return self._queue[0][0].call.name, refused
 
     def _finish(self) -> None:
         """The server has done with the first one."""

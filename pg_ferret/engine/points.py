@@ -1,17 +1,18 @@
 """A connection for the point reads of many clients.
 
-One takes PostgreSQL less time than it takes to wake a process up, so the reads that arrive in one turn of the event
-loop go out together: one write, one transaction, one answer.
+One takes PostgreSQL less time than it takes to wake a process up, and hardly more than to begin and end a statement, so
+the reads that arrive in one turn of the event loop go out together: one write, one statement, one answer.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from typing import ClassVar, Final
 
 import psycopg
 from psycopg import pq
 
+from pg_ferret.engine.calls import BYTEA_OID, FIND, FIND_MANY, TEXT_OID, array
 from pg_ferret.engine.costs import Costs
 from pg_ferret.engine.lines import Owner, Shared
 from pg_ferret.engine.pipeline import (
@@ -31,14 +32,18 @@ _MOST_WAITING: Final = 512
 
 
 class PointLine(ReadLine):
-    """The connection: what it is given in one turn of the loop is a batch, in which none may open a cursor."""
+    """The connection: what it is given in one turn of the loop, FIND only, is a batch; none may open a cursor."""
 
     # They hardly differ in what they cost: it was PostgreSQL's process that stood still.
     _AWAY_SECONDS = 0.0
+    # From so many on they are statements for several; arrays are more work than two statements.
+    _FEWEST: ClassVar[int] = 3
+    # Each for so many at most: libpq keeps an answer until all of it has come.
+    _AT_ONCE: ClassVar[int] = 16
     __slots__ = ("_batches", "_filling", "_scheduled")
 
     def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner) -> None:
-        self._filling: list[Waiting] = []  # given to libpq, not yet sent
+        self._filling: list[Waiting] = []  # not yet sent
         self._batches: deque[list[Waiting]] = deque()  # on their way, the oldest first
         self._scheduled = False
         super().__init__(conn, turn, costs, owner)
@@ -60,10 +65,6 @@ class PointLine(ReadLine):
     def add(self, read: Shared) -> Waiter[Row]:
         waiter: Waiter[Row] = Waiter(self._turn)
         self._filling.append((read, waiter))
-        try:
-            self._add_call(read.call, read.params)
-        except psycopg.Error:
-            self._end()
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._send)
@@ -81,27 +82,27 @@ class PointLine(ReadLine):
         self._batches.append(batch)
         self._filling = []
         try:
+            if len(batch) < self._FEWEST:
+                for read, _ in batch:
+                    self._add_call(FIND, read.params)
+            else:
+                self._ask(batch)
             self._sync()
         except psycopg.Error:
             self._end()
 
+    def _ask(self, batch: list[Waiting]) -> None:
+        """Statements for several each; raises psycopg.Error."""
+        for first in range(0, len(batch), self._AT_ONCE):
+            dbs, specs = zip(*[read.params for read, _ in batch[first : first + self._AT_ONCE]], strict=True)
+            self._add_call(FIND_MANY, (array(TEXT_OID, dbs), array(BYTEA_OID, specs)))
+
     def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:
-            get = result.get_value
-            read, waiter = self._batches[0][self._answered]
-            self._answered += 1
-            page, following = get(0, 0), get(0, 1)
-            size = 0 if page is None else len(page)
-            self._read_on = size >= READ_ON_BYTES
-            if size > LARGE_BYTES:
-                self.swollen = True
-                self._costs.keep_away(read.shape, self._loop.time())
-            if following is not None:
-                # It has opened a cursor, which the engine keeps no longer than the batch lasts.
-                self._costs.keep_away(read.shape, self._loop.time())
-                self._elsewhere(read, waiter)
-            elif not waiter.done():
-                waiter.set_result((page, None))
+            batch = self._batches[0]
+            self._read_on = False
+            for number in range(result.ntuples):
+                self._answer(*batch[self._answered], result.get_value(number, 0), result.get_value(number, 1))
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
             if self._read_on:
@@ -111,12 +112,28 @@ class PointLine(ReadLine):
         elif status != PIPELINE_ABORTED:
             self._fail(result)  # and those behind it in the batch are answered elsewhere
 
-    def _next_answered(self) -> Waiting | None:
-        batch, number = self._batches[0], self._answered
-        if number == len(batch):
-            return None
-        self._answered = number + 1
-        return batch[number]
+    def _answer(self, read: Shared, waiter: Waiter[Row], page: bytes | None, following: bytes | None) -> None:
+        """The next one has its answer."""
+        self._answered += 1
+        size = 0 if page is None else len(page)
+        if size >= READ_ON_BYTES:
+            self._read_on = True
+        if size > LARGE_BYTES:
+            self.swollen = True
+            self._costs.keep_away(read.shape, self._loop.time())
+        if following is not None:
+            # It has opened a cursor, which the engine keeps no longer than the batch lasts.
+            self._costs.keep_away(read.shape, self._loop.time())
+            self._elsewhere(read, waiter)
+        elif not waiter.done():
+            waiter.set_result((page, None))
+
+    def _refused(self) -> tuple[bytes, list[Waiting]]:
+        batch, first = self._batches[0], self._answered
+        call, served = (FIND, 1) if len(batch) < self._FEWEST else (FIND_MANY, self._AT_ONCE)
+        refused = batch[first : first + served]
+        self._answered += len(refused)
+        return call.name, refused
 
     def _finish(self, batch: list[Waiting]) -> None:
         """The server has done with a batch."""

@@ -70,8 +70,8 @@ class ReadLine(Line):
         """Whether nobody may join."""
 
     @abstractmethod
-    def _next_answered(self) -> Waiting | None:
-        """The first of those that the server is at without an answer: it has one from now on."""
+    def _refused(self) -> tuple[bytes, list[Waiting]]:
+        """The statement that the server is at, and those whom it was to answer: they have an answer from now on."""
 
     @abstractmethod
     def _clear(self) -> list[Waiting]:
@@ -93,23 +93,25 @@ class ReadLine(Line):
         self._late = now + self._costs.late_seconds + count * _EACH_SECONDS
 
     def _fail(self, result: pq.abc.PGresult) -> None:
-        """A read is refused."""
+        """A statement is refused."""
         error = self._error_of(result)
         if isinstance(error, EngineLostError):
             self._end()
             return
-        refused = self._next_answered()
-        if refused is None:
+        name, refused = self._refused()
+        if not refused:
             return  # it is the end of the transaction that has failed, and nothing was written in it
-        read, waiter = refused
-        if self._preparing[:1] == [read.call.name]:
+        if self._preparing[:1] == [name]:
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
             self._preparing.pop(0)
         sqlstate = error.sqlstate if isinstance(error, EngineError) else ""
         if sqlstate != UNPREPARED:  # whoever sends such reads again is not to hold others up
-            self._costs.keep_away(read.shape, self._loop.time())
-        if sqlstate in (UNPREPARED, CANCELLED):
-            self._elsewhere(read, waiter)
+            for read, _ in refused:
+                self._costs.keep_away(read.shape, self._loop.time())
+        read, waiter = refused[0]
+        if len(refused) > 1 or sqlstate in (UNPREPARED, CANCELLED):  # of several nobody knows which it was
+            for one in refused:
+                self._elsewhere(*one)
         elif not waiter.done():
             waiter.set_exception(error)
 

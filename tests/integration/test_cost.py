@@ -50,7 +50,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "find": {  # 1176
+    "find": {  # 1209
         "commands/arguments.py:Namespace.read": 15,
         "commands/reads.py:_page": 13,
         "commands/reads.py:find": 130,
@@ -62,10 +62,11 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/pipeline.py:Pipeline._add_call": 18,
         "engine/pipeline.py:Pipeline._readable": 94,
         "engine/pipeline.py:Pipeline._sync": 13,
+        "engine/points.py:PointLine._answer": 38,
         "engine/points.py:PointLine._finish": 44,
-        "engine/points.py:PointLine._send": 45,
-        "engine/points.py:PointLine._take": 92,
-        "engine/points.py:PointLine.add": 38,
+        "engine/points.py:PointLine._send": 69,
+        "engine/points.py:PointLine._take": 72,
+        "engine/points.py:PointLine.add": 29,
         "engine/points.py:PointLine.takes": 34,
         "engine/shared.py:ReadLine._begin": 14,
         "engine/shared.py:Reads.share": 18,

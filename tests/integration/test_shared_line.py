@@ -187,6 +187,24 @@ def test_cursors_of_reads_by_id_are_whole_among_other_clients(client: MongoClien
             one.result()
 
 
+async def test_reads_of_one_statement_may_be_of_several_databases(
+    make_pool: MakePool, client: MongoClient[Document]
+) -> None:
+    client.line2.c.drop()
+    client.line2.c.insert_many([{"_id": number} for number in range(100, 110)])
+    async with make_pool(4) as pool:
+        await (await shared(pool))
+        reads = [find(number + 100 * (number % 2)) for number in range(10)]
+        for read in reads[1::2]:
+            body = encode(decode(bytes(read.params[1] or b"")) | {"$db": "line2"})
+            read.params = (b"line2", body)
+        waiters = [pool.finds.share(read) for read in reads]
+        assert all(map(asyncio.isfuture, waiters))
+        assert [found(row) for row in await asyncio.gather(*waiters)] == [0, 101, 2, 103, 4, 105, 6, 107, 8, 109]
+        (line,) = pool.finds.all
+        assert calls.FIND_MANY.name in line.connection.prepared_names
+
+
 async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> None:
     async with make_pool(4) as pool:
         await (await shared(pool))

@@ -74,16 +74,16 @@ class Loop:
 class Result:
     """A result of libpq."""
 
-    def __init__(self, status: pq.ExecStatus, row: Row = (), sqlstate: bytes = b"", severity: bytes = b"") -> None:
+    def __init__(self, status: pq.ExecStatus, *rows: Row, sqlstate: bytes = b"", severity: bytes = b"") -> None:
         self.status = int(status)
-        self.nfields = len(row)
-        self.ntuples = 1
-        self._row = row
+        self.nfields = len(rows[0]) if rows else 0
+        self.ntuples = len(rows)
+        self._rows = rows
         self._sqlstate = sqlstate
         self._severity = severity
 
-    def get_value(self, _row: int, column: int) -> bytes | None:
-        return self._row[column]
+    def get_value(self, number: int, column: int) -> bytes | None:
+        return self._rows[number][column]
 
     def error_field(self, field: pq.DiagnosticField) -> bytes:
         if field == pq.DiagnosticField.SQLSTATE:
@@ -147,7 +147,12 @@ class Server:
 
 def row(*columns: bytes | None) -> Result:
     """A result of one row."""
-    return Result(pq.ExecStatus.TUPLES_OK, columns)
+    return rows(columns)
+
+
+def rows(*given: Row) -> Result:
+    """A result of several rows."""
+    return Result(pq.ExecStatus.TUPLES_OK, *given)
 
 
 def refusal(sqlstate: bytes, severity: bytes = b"ERROR") -> Result:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import replace
+from itertools import islice
 from typing import Any, cast
 
 import pytest
 
 from pg_ferret.engine.backend import Backend, Lender
-from pg_ferret.engine.calls import AGGREGATE, FIND, FIND_AS_EVER, GET_MORE, Call
+from pg_ferret.engine.calls import AGGREGATE, BYTEA_OID, FIND, FIND_AS_EVER, FIND_MANY, GET_MORE, Call, array
 from pg_ferret.engine.costs import CHEAP_SECONDS, Costs
 from pg_ferret.engine.lines import STALL_SECONDS, Owner, Shared
 from pg_ferret.engine.pages import LOOKED_AT, PageLine
@@ -21,15 +22,24 @@ from pg_ferret.engine.shared import Reads
 from pg_ferret.errors import EngineError, EngineLostError
 from pg_ferret.runner import Runner
 from tests.turns import settle
-from tests.unit.fake_line import Loop, Server, prepared, refusal, row, sync
+from tests.unit.fake_line import Loop, Server, prepared, refusal, row, rows, sync
 
 _SHAPE, _OTHER_SHAPE = 1, 2
+
+
+class OneByOne(PointLine):
+    """Point reads of one transaction, each a statement of its own."""
+
+    _FEWEST = 1_000
+    __slots__ = ()
 
 
 class Stage:
     """A line with the reads that were given up on it."""
 
-    def __init__(self, call: Call = FIND, *, together: bool = True) -> None:
+    def __init__(
+        self, call: Call = FIND, *, together: bool = True, points: type[PointLine] = OneByOne, count: int = 4
+    ) -> None:
         self.loop = Loop()
         self.server = Server()
         self.elsewhere: list[Shared] = []
@@ -46,10 +56,10 @@ class Stage:
         self.costs = costs = Costs(self.lag)
         for shape in (_SHAPE, _OTHER_SHAPE):
             costs.note(shape, 0.0, 0.0)
-        self.server.prepared_names |= {AGGREGATE.name, FIND.name, FIND_AS_EVER.name, GET_MORE.name}
-        line = PointLine if together else PageLine
+        self.server.prepared_names |= {AGGREGATE.name, FIND.name, FIND_AS_EVER.name, FIND_MANY.name, GET_MORE.name}
+        line = points if together else PageLine
         self.line = line(cast(Any, self.server), self.loop.turn, costs, owner)
-        self.reads = [Shared(call, (b"%d" % number,), b"db.c", _SHAPE) for number in range(4)]
+        self.reads = [Shared(call, (b"db", b"%d" % number), b"db.c", _SHAPE) for number in range(count)]
         self.waiters = [self.line.add(read) for read in self.reads]
         self.loop.run()
 
@@ -224,6 +234,79 @@ def test_reads_share_if_there_is_no_other_way(stage: Stage) -> None:
 
 def test_reads_of_one_turn_are_one_transaction(stage: Stage) -> None:
     assert (len(stage.server.sent), stage.server.syncs) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "statements"),
+    [(1, [FIND]), (2, [FIND] * 2), (3, [FIND_MANY]), (16, [FIND_MANY]), (17, [FIND_MANY] * 2), (35, [FIND_MANY] * 3)],
+)
+def test_of_them_some_are_one_statement(count: int, statements: list[Call]) -> None:
+    stage = Stage(points=PointLine, count=count)
+    assert stage.server.sent == [call.name for call in statements]
+    assert stage.server.syncs == 1
+    pages = [(b"%d" % number, None) for number in range(count)]
+    left = iter(pages)
+    for call in statements:
+        stage.server.give(stage.line, rows(*islice(left, 16 if call is FIND_MANY else 1)))
+    stage.server.give(stage.line, sync())
+    assert [waiter.result() for waiter in stage.waiters] == pages
+    assert (stage.line.busy, stage.elsewhere) == (False, [])
+
+
+def test_one_that_opens_a_cursor_or_is_large_leaves_the_others_in_peace() -> None:
+    stage = Stage(points=PointLine)
+    large = bytes(LARGE_BYTES + 1)
+    stage.waiters[3].cancel()
+    stage.server.give(stage.line, rows((b"0", None), (b"1", b"more"), (large, None), (b"3", None)), sync())
+    assert stage.elsewhere == [stage.reads[1]]
+    assert [stage.waiters[number].result() for number in (0, 2)] == [(b"0", None), (large, None)]
+    assert stage.costs.slow(_SHAPE)
+    assert stage.line.swollen
+
+
+def test_one_of_two_that_is_refused_is_told() -> None:
+    stage = Stage(points=PointLine, count=2)
+    stage.server.give(stage.line, refusal(b"22023"), sync())
+    assert isinstance(stage.waiters[0].exception(), EngineError)
+    assert stage.elsewhere == stage.reads[1:]
+
+
+@pytest.mark.parametrize("sqlstate", [b"22023", b"57014", b"26000"])
+def test_of_a_refused_statement_all_are_made_elsewhere(sqlstate: bytes) -> None:
+    """Nobody knows which of them it was."""
+    stage = Stage(points=PointLine, count=35)
+    stage.server.give(stage.line, rows(*[(b"page", None)] * 16), refusal(sqlstate), sync())
+    assert answers(stage) == 16
+    assert stage.elsewhere == stage.reads[16:]
+    assert (_SHAPE in stage.costs.cheap) == (sqlstate == b"26000")
+    assert (stage.line.busy, stage.line.waiting, stage.ended) == (False, 0, 0)
+
+
+def test_a_statement_for_several_that_cannot_be_prepared_ends_the_line() -> None:
+    stage = Stage(points=PointLine, count=1)
+    stage.server.prepared_names.clear()
+    stage.server.give(stage.line, row(b"page", None), sync())
+    for read in stage.reads * 3:
+        stage.line.add(read)
+    stage.loop.run()
+    assert stage.server.prepared == [FIND_MANY.name]
+    stage.server.give(stage.line, refusal(b"3F000"), sync())
+    assert stage.elsewhere == stage.reads * 3
+    assert stage.ended == 1
+
+
+def test_who_waits_for_a_statement_for_several_is_told_when_the_connection_ends() -> None:
+    stage = Stage(points=PointLine)
+    stage.server.give(stage.line, refusal(b"57P01", b"FATAL"))
+    assert all(isinstance(waiter.exception(), EngineLostError) for waiter in stage.waiters)
+    assert (stage.ended, stage.elsewhere) == (1, [])
+
+
+def test_an_array_is_what_postgresql_takes() -> None:
+    """As array_recv() reads it: dimensions, flags, type, size, first index, and each element behind its length."""
+    head = bytes.fromhex("00000001 00000000 00000011 00000003 00000001")
+    elements = bytes.fromhex("00000001 61 00000000 00000002 6263")
+    assert array(BYTEA_OID, [b"a", b"", memoryview(b"bc")]) == head + elements
 
 
 @pytest.mark.parametrize("call", [FIND, AGGREGATE])
