@@ -28,6 +28,8 @@ _OF_ANY_READ = (b"key", b"cursor", b"limit", b"skip", b"hint", b"collation")
 # The engine takes them and does not look at them.
 _IGNORED = frozenset((b"min", b"max"))
 _FOR_EVER = float("inf")
+# Several point reads may be one statement, whose parameters are copied: commands of so many bytes are not.
+_LARGEST_POINT = 64 * 1024
 
 
 def _page(row: Row, namespace: bytes, request: Request, client: Client, shape: int = 0) -> bytes:
@@ -117,7 +119,7 @@ def _look_at(request: Request) -> _Find:
         Namespace.of(request),
         as_it_came(request),
         filtered,
-        plain and filtered[0] == bson.DOCUMENT,
+        plain and filtered[0] == bson.DOCUMENT and request.end - request.start <= _LARGEST_POINT,
         whole,
         fields.get(b"limit", bson.MISSING),
         tuple(sized),

@@ -80,13 +80,14 @@ def array(kind: int, values: Iterable[bytes | memoryview]) -> bytes:
     return b"".join(parts)
 
 
-def _columns(*names: str, of: str, more: str = "") -> str:
-    """The statement for some columns of the only row of a function.
+def _columns(*names: str, of: str, source: str = "", more: str = "") -> str:
+    """The statement for some columns of the row of a function that gives one, for each row of ``source``.
 
-    In its FROM list the row would be stored first: a twentieth of what a page costs.
+    In the FROM list that row would be stored first: a twentieth of what a page costs.  OFFSET 0 has the function called
+    once, whatever its volatility.
     """
     columns = ", ".join(f"(result).{name}" for name in names)
-    return f"SELECT {columns}{more} FROM (SELECT {of} AS result) AS called"
+    return f"SELECT {columns}{more} FROM (SELECT {of} AS result {source} OFFSET 0) AS called"
 
 
 def _call(name: str, sql: str, formats: tuple[int, ...], *, writes: bool = False, opens: bool = False) -> Call:
@@ -96,17 +97,22 @@ def _call(name: str, sql: str, formats: tuple[int, ...], *, writes: bool = False
 # What clients send goes through these (extension/bson_check.c): the engine trusts documents, stores malformed ones as
 # they are, and can take the whole server down when it reads one as a command.
 _SPEC = "ferretdb.checked_bson($2)"
-_FIRST_PAGE = _columns("cursorpage", "continuation", "cursorid", of="documentdb_api.{}_cursor_first_page($1, {})")
+_PAGE = ("cursorpage", "continuation", "cursorid")
+_FIRST_PAGE = _columns(*_PAGE, of="documentdb_api.{}_cursor_first_page($1, {})")
 
 # (db, spec) -> page, continuation or NULL, cursor id (53 bits of pg_strong_random)
 FIND = _call("find", _FIRST_PAGE.format("find", "ferretdb.checked_find($2)"), _DB_BSON, opens=True)
-# (dbs, specs), as `array` makes them -> a page, and a continuation or NULL, for each, in their order
+# (dbs, specs), as `array` makes them -> the same for each, in their order
 FIND_MANY = _call(
     "find_many",
-    "SELECT (result).cursorpage, (result).continuation FROM ("
-    "SELECT documentdb_api.find_cursor_first_page(db, ferretdb.checked_find(spec)) AS result"
-    " FROM unnest($1::text[], $2::bytea[]) AS asked(db, spec)) AS called",
+    _columns(
+        *_PAGE,
+        of="documentdb_api.find_cursor_first_page(db, ferretdb.checked_find(spec))",
+        # With more than one array PostgreSQL takes it for its own, but only by this name.
+        source="FROM unnest($1::pg_catalog.text[], $2::pg_catalog.bytea[]) AS asked(db, spec)",
+    ),
     (BINARY, BINARY),
+    opens=True,
 )
 # The same as FIND, whose cursor goes on as ever.
 FIND_AS_EVER = _call("find_as_ever", _FIRST_PAGE.format("find", _SPEC), _DB_BSON, opens=True)

@@ -1,7 +1,8 @@
 """A connection for the point reads of many clients.
 
 One takes PostgreSQL less time than it takes to wake a process up, and hardly more than to begin and end a statement, so
-the reads that arrive in one turn of the event loop go out together: one write, one statement, one answer.
+the reads that arrive in one turn of the event loop go out together: one write, one transaction, few statements, one
+answer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pg_ferret.runner import Turn, Waiter
 
 # Reads that may come in one turn, with the batches before.
 _MOST_WAITING: Final = 512
+# Those of one statement at most: libpq keeps its answer until all of it has come.
+_AT_ONCE: Final = 16
 
 
 class PointLine(ReadLine):
@@ -38,8 +41,6 @@ class PointLine(ReadLine):
     _AWAY_SECONDS = 0.0
     # From so many on they are statements for several; arrays are more work than two statements.
     _FEWEST: ClassVar[int] = 3
-    # Each for so many at most: libpq keeps an answer until all of it has come.
-    _AT_ONCE: ClassVar[int] = 16
     __slots__ = ("_batches", "_filling", "_scheduled")
 
     def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner) -> None:
@@ -93,16 +94,20 @@ class PointLine(ReadLine):
 
     def _ask(self, batch: list[Waiting]) -> None:
         """Statements for several each; raises psycopg.Error."""
-        for first in range(0, len(batch), self._AT_ONCE):
-            dbs, specs = zip(*[read.params for read, _ in batch[first : first + self._AT_ONCE]], strict=True)
+        for first in range(0, len(batch), _AT_ONCE):
+            dbs, specs = zip(*[read.params for read, _ in batch[first : first + _AT_ONCE]], strict=True)
             self._add_call(FIND_MANY, (array(TEXT_OID, dbs), array(BYTEA_OID, specs)))
 
     def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:
             batch = self._batches[0]
             self._read_on = False
+            get = result.get_value
             for number in range(result.ntuples):
-                self._answer(*batch[self._answered], result.get_value(number, 0), result.get_value(number, 1))
+                page, following = get(number, 0), get(number, 1)
+                if following is not None:
+                    self._owner.unclaimed(FIND, (page, following, get(number, 2)))
+                self._answer(*batch[self._answered], page, following)
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
             if self._read_on:
@@ -122,7 +127,7 @@ class PointLine(ReadLine):
             self.swollen = True
             self._costs.keep_away(read.shape, self._loop.time())
         if following is not None:
-            # It has opened a cursor, which the engine keeps no longer than the batch lasts.
+            # It has opened a cursor, which ends with the transaction unless this is its first statement.
             self._costs.keep_away(read.shape, self._loop.time())
             self._elsewhere(read, waiter)
         elif not waiter.done():
@@ -130,7 +135,7 @@ class PointLine(ReadLine):
 
     def _refused(self) -> tuple[bytes, list[Waiting]]:
         batch, first = self._batches[0], self._answered
-        call, served = (FIND, 1) if len(batch) < self._FEWEST else (FIND_MANY, self._AT_ONCE)
+        call, served = (FIND, 1) if len(batch) < self._FEWEST else (FIND_MANY, _AT_ONCE)
         refused = batch[first : first + served]
         self._answered += len(refused)
         return call.name, refused

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import ClassVar, Final
 
 from psycopg import pq
@@ -105,15 +106,24 @@ class ReadLine(Line):
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
             self._preparing.pop(0)
         sqlstate = error.sqlstate if isinstance(error, EngineError) else ""
-        if sqlstate != UNPREPARED:  # whoever sends such reads again is not to hold others up
-            for read, _ in refused:
-                self._costs.keep_away(read.shape, self._loop.time())
-        read, waiter = refused[0]
-        if len(refused) > 1 or sqlstate in (UNPREPARED, CANCELLED):  # of several nobody knows which it was
-            for one in refused:
-                self._elsewhere(*one)
-        elif not waiter.done():
-            waiter.set_exception(error)
+        for read, waiter in refused:
+            if len(refused) > 1:  # nobody knows which of them it was
+                waiter.then(partial(self._made_again, read))
+            elif sqlstate != UNPREPARED:
+                self._keep_away(read)
+            if len(refused) > 1 or sqlstate in (UNPREPARED, CANCELLED):
+                self._elsewhere(read, waiter)
+            elif not waiter.done():
+                waiter.set_exception(error)
+
+    def _made_again(self, read: Shared, waiter: Waiter[Row]) -> None:
+        """One of several that were refused together has been made by itself."""
+        if not waiter.cancelled() and isinstance(waiter.exception(), EngineError):
+            self._keep_away(read)
+
+    def _keep_away(self, read: Shared) -> None:
+        """Whoever sends such reads again is not to hold others up."""
+        self._costs.keep_away(read.shape, self._loop.time())
 
     def _read_more(self) -> None:
         """Behind a large answer: what has come of the next one."""

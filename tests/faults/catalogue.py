@@ -295,7 +295,7 @@ def locked_reads(stage: Stage) -> None:
             for reader in readers:
                 reader.sendall(asking)
                 raw.answer(reader)
-        quiet = _quiet(1.0)
+        quiet = _quiet(stage, 1.0)
         blocker.execute("begin")
         blocker.execute(f"lock table documentdb_data.documents_{number} in access exclusive mode")
         for reader in readers:
@@ -462,10 +462,9 @@ def worn_out(stage: Stage) -> None:
 # -- pressure ---------------------------------------------------------------------------------------------------------
 
 
-def _disturbed(stage: Stage, seconds: float, quiet: tuple[float, float]) -> None:
-    """Compare the others' p99 of the last ``seconds`` with that of the time before the disturbance."""
-    now = time.monotonic()
-    before, after = stage.load.p99(*quiet), stage.load.p99(now - seconds, now)
+def _disturbed(stage: Stage, seconds: float, before: float) -> None:
+    """Compare the others' p99 of the last ``seconds`` with that of the time ``before`` the disturbance."""
+    after = stage.load.p99(seconds)
     stage.note("p99 before ms", round(before * 1000, 1))
     stage.note("p99 under it ms", round(after * 1000, 1))
     # Below 5 ms it is the scheduler of a busy machine that is measured.
@@ -473,10 +472,10 @@ def _disturbed(stage: Stage, seconds: float, quiet: tuple[float, float]) -> None
     stage.check(after <= limit, f"the others' p99 went from {before * 1000:.1f} to {after * 1000:.1f} ms")
 
 
-def _quiet(seconds: float) -> tuple[float, float]:
-    started = time.monotonic()
+def _quiet(stage: Stage, seconds: float) -> float:
+    """The p99 of a time without disturbance."""
     time.sleep(seconds)  # the load runs on
-    return started, time.monotonic()
+    return stage.load.p99(seconds)
 
 
 @fault("10,000 idle and 500 active clients", "all served, memory bounded", within=20.0, rounds=1)
@@ -510,7 +509,7 @@ def many_clients(stage: Stage) -> None:
     within=4.0, rounds=2, settings={"ferretdb.client_timeout": "1s"}, load={"idle": 20},
 )  # fmt: skip
 def slow_clients(stage: Stage) -> None:
-    quiet = _quiet(1.5)
+    quiet = _quiet(stage, 1.5)
     choose = random.Random(len(stage.recoveries))
     with stage.calm(), ExitStack() as stack:
         started = time.monotonic()
@@ -537,7 +536,7 @@ def unread_replies(stage: Stage) -> None:
     with MongoClient[Document](stage.cluster.uri, **OPTIONS) as client:
         if not client[DATABASE].big.find_one({}, {"_id": 1}):
             client[DATABASE].big.insert_many([{"_id": number, "x": b"x" * (1 << 20)} for number in range(8)])
-    quiet = _quiet(1.5)
+    quiet = _quiet(stage, 1.5)
     connections = raw.connections(stage)
     highest = sum(map(pss, stage.pids()))
     # client_memory, and for each connection to PostgreSQL one reply of 8 MB: in libpq's buffer, as a page, on its way.

@@ -90,14 +90,15 @@ class Load:
         """Failed requests by code."""
         return Counter(code for at, code in self.failures if at >= since)
 
-    def p99(self, start: float, end: float) -> float:
-        """Seconds that the slowest hundredth of the requests between two times took at least.
+    def p99(self, last: float) -> float:
+        """Seconds that the slowest hundredth of the successful requests of the last seconds took at least.
 
         One that waits still has taken as long as it has waited: those that are never answered are the slowest.
         """
         with self._lock:
-            found = [seconds for at, seconds in self.latencies if start <= at <= end]
-            found += [end - began for began in self._under_way.values() if began < end]
+            now = time.monotonic()
+            found = [seconds for at, seconds in self.latencies if at >= now - last]
+            found += [now - began for began in self._under_way.values()]
         return percentile(found, 0.99)
 
     def lost(self, uri: str) -> int:

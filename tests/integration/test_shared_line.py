@@ -188,8 +188,9 @@ def test_cursors_of_reads_by_id_are_whole_among_other_clients(client: MongoClien
 
 
 async def test_reads_of_one_statement_may_be_of_several_databases(
-    make_pool: MakePool, client: MongoClient[Document]
+    monkeypatch: pytest.MonkeyPatch, make_pool: MakePool, client: MongoClient[Document]
 ) -> None:
+    monkeypatch.setattr(Pool, "_elsewhere", None)  # where they would be made if the statement were refused
     client.line2.c.drop()
     client.line2.c.insert_many([{"_id": number} for number in range(100, 110)])
     async with make_pool(4) as pool:
@@ -203,6 +204,21 @@ async def test_reads_of_one_statement_may_be_of_several_databases(
         assert [found(row) for row in await asyncio.gather(*waiters)] == [0, 101, 2, 103, 4, 105, 6, 107, 8, 109]
         (line,) = pool.finds.all
         assert calls.FIND_MANY.name in line.connection.prepared_names
+
+
+async def test_a_read_that_is_refused_takes_away_no_other(make_pool: MakePool) -> None:
+    """They have been made by themselves, where they were not."""
+    async with make_pool(4) as pool:
+        await (await shared(pool))
+        refused = replace(find(3, condition={"$regex": "("}), shape=2)
+        pool.finds.costs.note(refused.shape, 0.0, 0.0)
+        rows = await asyncio.gather(
+            *[pool.finds.share(read) for read in (find(1), refused, find(2))], return_exceptions=True
+        )
+        assert isinstance(rows[1], EngineError)
+        assert [found(row) for row in rows if isinstance(row, tuple)] == [1, 2]
+        assert find(1).shape in pool.finds.costs.cheap
+        assert refused.shape not in pool.finds.costs.cheap
 
 
 async def test_a_read_that_is_refused_harms_no_other(make_pool: MakePool) -> None:

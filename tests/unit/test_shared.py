@@ -130,6 +130,7 @@ def test_a_read_that_opens_a_cursor_is_made_elsewhere() -> None:
     stage = Stage(FIND)
     stage.server.give(stage.line, row(b"page", None, None), row(b"page", b"more", b"id"), row(b"page", None, None))
     assert stage.elsewhere == [stage.reads[1]]
+    assert stage.unclaimed == [(b"page", b"more", b"id")]
     assert not stage.waiters[1].done()
     assert stage.waiters[2].result() == (b"page", None)
     assert stage.costs.slow(_SHAPE)
@@ -257,8 +258,9 @@ def test_one_that_opens_a_cursor_or_is_large_leaves_the_others_in_peace() -> Non
     stage = Stage(points=PointLine)
     large = bytes(LARGE_BYTES + 1)
     stage.waiters[3].cancel()
-    stage.server.give(stage.line, rows((b"0", None), (b"1", b"more"), (large, None), (b"3", None)), sync())
+    stage.server.give(stage.line, rows((b"0", None), (b"1", b"more", b"id"), (large, None), (b"3", None)), sync())
     assert stage.elsewhere == [stage.reads[1]]
+    assert stage.unclaimed == [(b"1", b"more", b"id")]
     assert [stage.waiters[number].result() for number in (0, 2)] == [(b"0", None), (large, None)]
     assert stage.costs.slow(_SHAPE)
     assert stage.line.swollen
@@ -273,13 +275,50 @@ def test_one_of_two_that_is_refused_is_told() -> None:
 
 @pytest.mark.parametrize("sqlstate", [b"22023", b"57014", b"26000"])
 def test_of_a_refused_statement_all_are_made_elsewhere(sqlstate: bytes) -> None:
-    """Nobody knows which of them it was."""
+    """Nobody knows which of them it was, before they have been."""
     stage = Stage(points=PointLine, count=35)
+    stage.reads[20].shape = _OTHER_SHAPE
     stage.server.give(stage.line, rows(*[(b"page", None)] * 16), refusal(sqlstate), sync())
     assert answers(stage) == 16
     assert stage.elsewhere == stage.reads[16:]
-    assert (_SHAPE in stage.costs.cheap) == (sqlstate == b"26000")
     assert (stage.line.busy, stage.line.waiting, stage.ended) == (False, 0, 0)
+    for number in range(16, 20):
+        stage.waiters[number].set_result((b"page", None))
+    stage.waiters[19 + 2].cancel()
+    assert {_SHAPE, _OTHER_SHAPE} <= stage.costs.cheap
+    stage.waiters[20].set_exception(EngineError("22023", "refused"))
+    assert _OTHER_SHAPE not in stage.costs.cheap
+    assert _SHAPE in stage.costs.cheap
+
+
+def test_the_last_one_of_a_batch_that_is_refused_by_itself_is_told() -> None:
+    stage = Stage(points=PointLine, count=17)
+    stage.server.give(stage.line, rows(*[(b"page", None)] * 16), refusal(b"22023"), sync())
+    assert isinstance(stage.waiters[16].exception(), EngineError)
+    assert (answers(stage), stage.elsewhere) == (17, [])
+    assert _SHAPE not in stage.costs.cheap
+
+
+def test_when_the_end_of_their_transaction_fails_several_have_their_answers() -> None:
+    stage = Stage(points=PointLine)
+    stage.server.give(stage.line, rows(*[(b"page", None)] * 4), refusal(b"40001"), sync())
+    assert (answers(stage), stage.line.busy, stage.elsewhere, stage.ended) == (4, False, [], 0)
+
+
+def test_several_that_stand_still_are_made_elsewhere() -> None:
+    stage = Stage(points=PointLine)
+    for _ in range(2):
+        stage.loop.run(STALL_SECONDS)
+    assert stage.stalled == stage.reads[:1]
+    assert stage.elsewhere == stage.reads
+    assert stage.line.lost
+
+
+def test_a_line_that_is_to_go_serves_several_that_wait() -> None:
+    stage = Stage(points=PointLine)
+    stage.line.retire()
+    stage.server.give(stage.line, rows(*[(b"page", None)] * 4), sync())
+    assert (answers(stage), stage.ended, stage.elsewhere) == (4, 1, [])
 
 
 def test_a_statement_for_several_that_cannot_be_prepared_ends_the_line() -> None:
@@ -550,6 +589,18 @@ def test_behind_an_answer_of_some_size_there_may_be_another(monkeypatch: pytest.
     stage.line._readable()
     assert answers(stage) == 3
     assert arriving
+
+
+def test_behind_several_of_which_any_is_of_some_size_there_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(points=PointLine)
+    stage.waiters += [stage.line.add(read) for read in stage.reads]
+    stage.loop.run()
+    large, small = (bytes(16_000), None), (bytes(10), None)
+    arriving = [[rows(large, *[small] * 3), sync()], [rows(*[small] * 4), sync()], []]
+    monkeypatch.setattr(stage.server, "consume_input", lambda: stage.server.results.extend(arriving.pop(0)))
+    stage.line._readable()
+    assert answers(stage) == 8
+    assert arriving == [[]]
 
 
 def test_pages_of_which_one_took_long_stay_away_for_a_while() -> None:
