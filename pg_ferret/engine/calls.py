@@ -6,7 +6,7 @@ the parameters are sent: 0 as text, 1 as the type's binary form, which for ``bso
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
@@ -71,12 +71,11 @@ def id_array(cursor_ids: list[int]) -> bytes:
     return b"{%s}" % ",".join(map(str, cursor_ids)).encode()
 
 
-def array(kind: int, values: Iterable[bytes | memoryview]) -> bytes:
+def array(kind: int, values: Sequence[bytes | memoryview]) -> bytes:
     """A one-dimensional array of PostgreSQL, as array_recv() takes it, of a type that is told by its oid."""
-    parts: list[bytes | memoryview] = [b""]
+    parts: list[bytes | memoryview] = [_ARRAY(1, 0, kind, len(values), 1)]
     for value in values:
         parts += _LENGTH(len(value)), value
-    parts[0] = _ARRAY(1, 0, kind, len(parts) // 2, 1)
     return b"".join(parts)
 
 
@@ -137,11 +136,11 @@ GET_MORE = _call(
 # (bigint[]) -> nothing of use
 DELETE_CURSORS = _call("delete_cursors", "SELECT documentdb_api_internal.delete_cursors($1)", (TEXT,))
 
+_REPLY = ("p_result", "p_success")
 # (db, spec, documents or NULL, whether to commit unflushed: TRUE or FALSE) -> reply, whether all went well, and if it
 # is committed unflushed the server's incarnation, for FLUSH_COMMITS
 _WRITE = _columns(
-    "p_result",
-    "p_success",
+    *_REPLY,
     of="documentdb_api.{}($1, ferretdb.checked_bson($2), ferretdb.checked_bsonsequence($3), NULL)",
     more=", ferretdb.commit_unflushed($4)",
 )
@@ -151,8 +150,7 @@ DELETE = _call("delete", _WRITE.format("delete"), _DB_BSON_BSON_FLAG, writes=Tru
 FIND_AND_MODIFY = _call(
     "find_and_modify",
     _columns(
-        "p_result",
-        "p_success",
+        *_REPLY,
         of="documentdb_api.find_and_modify($1, ferretdb.checked_bson($2), NULL)",
         more=", ferretdb.commit_unflushed($3)",
     ),

@@ -98,7 +98,7 @@ class PageLine(ReadLine):
             self._read_on = size >= READ_ON_BYTES
             if size > LARGE_BYTES:
                 self.swollen = True
-                self._costs.keep_away(read.shape, self._loop.time())
+                self._keep_away(read)
             # One that opens a cursor brings its id, too.
             opened = following is not None and read.call is not GET_MORE
             row: Row = (page, following, get(0, 2)) if opened else (page, following)

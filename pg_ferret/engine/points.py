@@ -100,14 +100,9 @@ class PointLine(ReadLine):
 
     def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:
-            batch = self._batches[0]
             self._read_on = False
-            get = result.get_value
             for number in range(result.ntuples):
-                page, following = get(number, 0), get(number, 1)
-                if following is not None:
-                    self._owner.unclaimed(FIND, (page, following, get(number, 2)))
-                self._answer(*batch[self._answered], page, following)
+                self._answer(result, number)
         elif status == PIPELINE_SYNC:
             self._finish(self._batches.popleft())
             if self._read_on:
@@ -117,18 +112,22 @@ class PointLine(ReadLine):
         elif status != PIPELINE_ABORTED:
             self._fail(result)  # and those behind it in the batch are answered elsewhere
 
-    def _answer(self, read: Shared, waiter: Waiter[Row], page: bytes | None, following: bytes | None) -> None:
-        """The next one has its answer."""
+    def _answer(self, result: pq.abc.PGresult, number: int) -> None:
+        """The next one has its answer: this row of the result."""
+        read, waiter = self._batches[0][self._answered]
         self._answered += 1
+        get = result.get_value
+        page, following = get(number, 0), get(number, 1)
         size = 0 if page is None else len(page)
         if size >= READ_ON_BYTES:
             self._read_on = True
         if size > LARGE_BYTES:
             self.swollen = True
-            self._costs.keep_away(read.shape, self._loop.time())
+            self._keep_away(read)
         if following is not None:
             # It has opened a cursor, which ends with the transaction unless this is its first statement.
-            self._costs.keep_away(read.shape, self._loop.time())
+            self._owner.unclaimed(FIND, (page, following, get(number, 2)))
+            self._keep_away(read)
             self._elsewhere(read, waiter)
         elif not waiter.done():
             waiter.set_result((page, None))

@@ -106,15 +106,18 @@ class ReadLine(Line):
             self._leaving = True  # it is the statement that has failed: reads behind this one will not find it
             self._preparing.pop(0)
         sqlstate = error.sqlstate if isinstance(error, EngineError) else ""
-        for read, waiter in refused:
-            if len(refused) > 1:  # nobody knows which of them it was
+        if len(refused) > 1:  # nobody knows which of them it was
+            for read, waiter in refused:
                 waiter.then(partial(self._made_again, read))
-            elif sqlstate != UNPREPARED:
-                self._keep_away(read)
-            if len(refused) > 1 or sqlstate in (UNPREPARED, CANCELLED):
                 self._elsewhere(read, waiter)
-            elif not waiter.done():
-                waiter.set_exception(error)
+            return
+        ((read, waiter),) = refused
+        if sqlstate != UNPREPARED:
+            self._keep_away(read)
+        if sqlstate in (UNPREPARED, CANCELLED):
+            self._elsewhere(read, waiter)
+        elif not waiter.done():
+            waiter.set_exception(error)
 
     def _made_again(self, read: Shared, waiter: Waiter[Row]) -> None:
         """One of several that were refused together has been made by itself."""

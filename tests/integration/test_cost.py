@@ -37,7 +37,7 @@ NewCluster = Callable[..., Cluster]
 TOLERANCE = 0.05
 # Instructions of CPython 3.14 for one request, by function.
 INSTRUCTIONS: dict[str, dict[str, int]] = {
-    "ping": {  # 422
+    "ping": {  # 420
         "commands/handshake.py:ping": 3,
         "connection.py:Connection._receive": 28,
         "connection.py:Connection._serve": 79,
@@ -50,7 +50,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:parse": 86,
         "wire/message.py:reply": 26,
     },
-    "find": {  # 1209
+    "find": {  # 1208
         "commands/arguments.py:Namespace.read": 15,
         "commands/reads.py:_page": 13,
         "commands/reads.py:find": 130,
@@ -62,10 +62,10 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/pipeline.py:Pipeline._add_call": 18,
         "engine/pipeline.py:Pipeline._readable": 94,
         "engine/pipeline.py:Pipeline._sync": 13,
-        "engine/points.py:PointLine._answer": 38,
+        "engine/points.py:PointLine._answer": 61,
         "engine/points.py:PointLine._finish": 44,
         "engine/points.py:PointLine._send": 69,
-        "engine/points.py:PointLine._take": 72,
+        "engine/points.py:PointLine._take": 48,
         "engine/points.py:PointLine.add": 29,
         "engine/points.py:PointLine.takes": 34,
         "engine/shared.py:ReadLine._begin": 14,

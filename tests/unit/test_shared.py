@@ -284,7 +284,7 @@ def test_of_a_refused_statement_all_are_made_elsewhere(sqlstate: bytes) -> None:
     assert (stage.line.busy, stage.line.waiting, stage.ended) == (False, 0, 0)
     for number in range(16, 20):
         stage.waiters[number].set_result((b"page", None))
-    stage.waiters[19 + 2].cancel()
+    stage.waiters[21].cancel()
     assert {_SHAPE, _OTHER_SHAPE} <= stage.costs.cheap
     stage.waiters[20].set_exception(EngineError("22023", "refused"))
     assert _OTHER_SHAPE not in stage.costs.cheap
