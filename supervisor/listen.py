@@ -182,7 +182,8 @@ def open_unix(path: str, mode: int) -> tuple[socket.socket, tuple[int, int]]:
     A socket file that nobody listens on, left by a killed supervisor, is replaced.  Raises ListenError.
     """
     with _failing(f"{UNIX_SETTING}: {path}: "), contextlib.ExitStack() as undo:
-        undo.callback(os.umask, os.umask(0o177))  # nobody else's until chmod, even under a generous umask
+        # The file has its mode from the start: who finds it there need not wait for chmod.
+        undo.callback(os.umask, os.umask(0o777 & ~mode))
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with contextlib.ExitStack() as failed:
             failed.enter_context(sock)
@@ -194,7 +195,7 @@ def open_unix(path: str, mode: int) -> tuple[socket.socket, tuple[int, int]]:
                 os.unlink(path)
                 sock.bind(path)
             failed.callback(os.unlink, path)
-            os.chmod(path, mode)
+            os.chmod(path, mode)  # a directory's default ACL overrules the umask; nobody can connect before listen()
             sock.listen(BACKLOG)
             status = os.stat(path)
             failed.pop_all()

@@ -148,6 +148,15 @@ def test_unix_socket_has_the_mode_asked_for_under_any_umask(listeners: Listeners
     assert accepts(path)
 
 
+def test_unix_socket_has_its_mode_from_the_start(
+    listeners: Listeners, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(os, "chmod", lambda path, _: seen.append(mode(path)))
+    listeners.want([unix(path)], 0o770)
+    assert seen == [0o770]
+
+
 def test_stale_unix_socket_is_replaced(listeners: Listeners, path: str) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
