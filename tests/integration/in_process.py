@@ -1,10 +1,10 @@
-"""A client's connection in this very process, and the pool behind it."""
+"""Clients' connections in this very process, and the pool behind them."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,17 +28,22 @@ def among_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def serve(cluster: Cluster, transport: asyncio.Transport, connections: int) -> AsyncIterator[Connection]:
-    """The connection that has this transport; at most so many serve it."""
+async def serve(
+    cluster: Cluster, transports: Sequence[asyncio.Transport], connections: int
+) -> AsyncIterator[list[Connection]]:
+    """The connections that have these transports; at most so many to PostgreSQL serve them."""
     config = configuration(cluster, pool_min_conns=2, pool_max_conns=connections)
     pool = Pool(conninfo(config), pool_limits(config), pytest.fail, pytest.fail)
     with tempfile.TemporaryDirectory() as place:
         services = Services(config, pool, Cursors(Path(place)), StatusTable(2), 1)
-        connection = Connection(Client(services, 1, "peer"), asyncio.get_running_loop(), lambda _: None)
-        connection.connection_made(transport)
+        found = []
+        for number, transport in enumerate(transports, 1):
+            connection = Connection(Client(services, number, "peer"), asyncio.get_running_loop(), lambda _: None)
+            connection.connection_made(transport)
+            found.append(connection)
         await pool.open()
         try:
-            yield connection
+            yield found
         finally:
             await pool.close()
             services.cursors.close()

@@ -84,6 +84,39 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:piece": 10,
         "wire/message.py:reply": 26,
     },
+    "finds": {  # of 16 clients, at once; each 917
+        "commands/arguments.py:Namespace.read": 15,
+        "commands/reads.py:_page": 13,
+        "commands/reads.py:find": 130,
+        "connection.py:Connection._receive": 28,
+        "connection.py:Connection._serve": 82,
+        "connection.py:Connection.data_received": 38,
+        "dispatch.py:respond": 68,
+        "engine/calls.py:array": 28,
+        "engine/pipeline.py:Pipeline._add_call": 1,
+        "engine/pipeline.py:Pipeline._readable": 6,
+        "engine/points.py:PointLine._answer": 61,
+        "engine/points.py:PointLine._ask": 10,
+        "engine/points.py:PointLine._finish": 3,
+        "engine/points.py:PointLine._send": 4,
+        "engine/points.py:PointLine._take": 10,
+        "engine/points.py:PointLine.add": 19,
+        "engine/points.py:PointLine.takes": 34,
+        "engine/shared.py:Reads.share": 18,
+        "runner.py:Runner.go_on": 65,
+        "runner.py:Runner.start": 11,
+        "runner.py:Turn.add": 12,
+        "runner.py:Turn.go_on": 9,
+        "runner.py:Waiter.__await__": 27,
+        "runner.py:Waiter.__init__": 19,
+        "runner.py:Waiter.done": 3,
+        "runner.py:Waiter.set_result": 26,
+        "wire/message.py:Shapes.find": 37,
+        "wire/message.py:frame_length": 18,
+        "wire/message.py:parse": 86,
+        "wire/message.py:piece": 10,
+        "wire/message.py:reply": 26,
+    },
     "page": {  # 1197
         "commands/arguments.py:Namespace.read": 15,
         "commands/arguments.py:by_id": 21,
@@ -321,7 +354,7 @@ def requests(operation: str, transport: Transport) -> Iterator[bytes]:
             case "update" | "updateInLine":
                 change = {"q": {"_id": number % 10}, "u": {"$set": {"n": number}}}
                 yield message({"update": "c", "ordered": True}, [change], "updates")
-            case "find":
+            case "find" | "finds":
                 yield message({"find": "c", "filter": {"_id": number % 10}, "limit": 1, "singleBatch": True})
             case "page":
                 yield message({"find": "c", "filter": {"_id": {"$gte": number % 10}}, "limit": 5})
@@ -332,30 +365,32 @@ def requests(operation: str, transport: Transport) -> Iterator[bytes]:
 
 
 class Transport(asyncio.Transport):
-    """A client that sends its next request when it has its answer."""
+    """A client's, which asks when it is told to."""
 
     def __init__(self, operation: str) -> None:
         super().__init__()
         self.connection: Connection
-        self.left = 0
-        self.done: asyncio.Future[None]
+        self.answered: asyncio.Future[None]
         self.reply = b""
         self._messages = requests(operation, self)
 
-    async def run(self, count: int) -> None:
-        loop = asyncio.get_running_loop()
-        self.left, self.done = count, loop.create_future()
+    def ask(self) -> None:
+        self.answered = asyncio.get_running_loop().create_future()
         self.connection.data_received(next(self._messages))
-        await self.done
 
     def write(self, data: Any) -> None:
         assert b"\x01ok\0\0\0\0\0\0\0\xf0?" in data
         self.reply = data
-        self.left -= 1
-        if self.left:
-            asyncio.get_running_loop().call_soon(self.connection.data_received, next(self._messages))
-        else:
-            self.done.set_result(None)
+        self.answered.set_result(None)
+
+
+async def run(clients: list[Transport], times: int) -> None:
+    """All ask at once, and again when each of them has its answer."""
+    for _ in range(times):
+        for client in clients:
+            client.ask()
+        for client in clients:
+            await client.answered
 
 
 @contextmanager
@@ -382,7 +417,7 @@ def counted() -> Iterator[Counter[str]]:
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 14), reason="the figures are those of CPython 3.14")
-@pytest.mark.parametrize("operation", ["ping", "find", "page", "insert", "update", "updateInLine", "getMore"])
+@pytest.mark.parametrize("operation", INSTRUCTIONS)
 async def test_instructions(
     cluster: Cluster, client: MongoClient[Document], monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
@@ -390,13 +425,15 @@ async def test_instructions(
         among_many(monkeypatch)
     client.cost.c.drop()
     client.cost.c.insert_many([{"_id": number} for number in range(_WARM + _MEASURED + 10)])
-    transport = Transport(operation)
-    async with serve(cluster, transport, 4 if operation != "updateInLine" else 8) as connection:
-        transport.connection = connection
-        await transport.run(_WARM)
+    clients = [Transport(operation) for _ in range(16 if operation == "finds" else 1)]
+    async with serve(cluster, clients, 4 if operation != "updateInLine" else 8) as connections:
+        for transport, connection in zip(clients, connections, strict=True):
+            transport.connection = connection
+        await run(clients, _WARM)
         with counted() as counts:
-            await transport.run(_MEASURED)
-    found = {name: round(count / _MEASURED) for name, count in counts.most_common() if count >= _MEASURED}
+            await run(clients, _MEASURED)
+    asked = _MEASURED * len(clients)
+    found = {name: round(count / asked) for name, count in counts.most_common() if count >= asked}
     expected = INSTRUCTIONS[operation]
     total, before = sum(found.values()), sum(expected.values())
     changes = [

@@ -57,7 +57,7 @@ async def test_nothing_is_left_of_them_without_a_collection(
     client.failed.c.insert_many([{"_id": number, "key": number} for number in range(3)])
     frame = message(command | {"$db": "failed"})
     transport = Transport()
-    async with serve(cluster, transport, 8) as connection:
+    async with serve(cluster, [transport], 8) as (connection,):
         for _ in range(5):
             with no_collection():
                 transport.reply = None
