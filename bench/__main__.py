@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import growth, procfs
 from bench.goals import DECISIVE
-from bench.plan import FULL, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
+from bench.plan import FULL, LONG, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
 from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
@@ -80,7 +80,7 @@ def measure(targets: list[Target], plan: Plan) -> tuple[list[Sample], list[float
             if paced(point.op) and not pace:
                 say(f"{number + 1}/{plan.rounds + plan.more} {TITLES[point.op]}: skipped, no pace: see above")
                 continue
-            seconds = plan.seconds * LONGER.get(point.op, 1)
+            seconds = plan.seconds * (LONGER if point.op in LONG else 1)
             found = _in_turns(gateways, point, seconds, pace, first=index + number)
             found += [target.measure(point, seconds) for target in able if target not in gateways]
             samples += found

@@ -71,8 +71,10 @@ PACED_BY = Point("find", 64)
 TURNS = 4
 # Before each: a gateway and a load generator in Go go on for a while, to collect their garbage.
 PAUSE_SECONDS = 0.05
-# Operations that take so long that a round has few of them are measured for so many times as long.
-LONGER = {"group": 3}
+# These are measured for so many times as long: a round would have few of them, or, at a pace, a single halt of the
+# machine would make its p99.
+LONGER = 3
+LONG = ("group", "find-paced", "find-paced-beside")
 
 
 def paced(op: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.figures import Cell, Key, cells, ratios_of, slowdowns
 from bench.goals import BESIDE, goals
-from bench.plan import LONGER, PACED_BY, TITLES, paced
+from bench.plan import LONG, LONGER, PACED_BY, TITLES, paced
 from bench.plot import plot
 
 _BEGIN, _END = "<!-- make bench writes from here -->", "<!-- to here -->"
@@ -26,7 +26,8 @@ def table(run: dict[str, Any]) -> str:
     more = f", of {run['rounds'] + run['more']} where a goal depends on it" if run.get("more") else ""
     found = cells(run)
     measured = {op for op, _ in found}
-    longer = "".join(f", {times} times as long for {TITLES[op]}" for op, times in LONGER.items() if op in measured)
+    long = "; ".join(TITLES[op] for op in LONG if op in measured)
+    longer = f", {LONGER} times as long for {long}" if long else ""
     versions = "; ".join(f"{name} {version}" for name, version in run["versions"].items())
     lines = [
         f"`{run['command']}` on {run['date']}: medians of {run['rounds']} rounds of {run['seconds']:g} s{more}"
