@@ -1,8 +1,8 @@
 """make bench: measure all targets, interleaved, and write what came out as JSON.
 
 ``python3 -m bench --bin DIR --out FILE [--quick] [--only OPERATION...] [--rounds N]`` inside dev/enter. At every
-point the gateways take turns of half a second before the next point comes, in several passes, so that whatever else the
-machine does meets all of them.
+point the gateways take turns of half a second before the next point comes, in several rounds, so that whatever else the
+machine does meets all of them. Each round has servers of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,28 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from bench import growth, procfs
 from bench.goals import DECISIVE
-from bench.plan import FULL, LONG, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
+from bench.plan import (
+    FULL,
+    LONG,
+    LONGER,
+    PACE,
+    PACED_BY,
+    QUICK,
+    TITLES,
+    TURNS,
+    WARM_UP,
+    WARM_UP_SECONDS,
+    Plan,
+    Point,
+    beside,
+    paced,
+)
 from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
@@ -65,13 +81,32 @@ def additions() -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def measure(targets: list[Target], plan: Plan) -> tuple[list[Sample], list[float]]:
-    """All points, all rounds; and how long `additions` took before each of these."""
+def begin_round(cluster: Cluster, targets: list[Target]) -> None:
+    """Start everything anew, and let connections to PostgreSQL be made and backends fill their caches.
+
+    Where a start happens to put stack and heap makes the same query in all backends of one gateway up to 5 % slower or
+    quicker than in those of the other: each round has another start. And the write-ahead log is written to files of
+    the round before, as in a server that has run for long, which are what the checkpoint at the end leaves.
+    """
+    for target in targets:
+        target.stop()
+    cluster.restart()
+    for target in targets:
+        target.start()
+    for target in targets:
+        for point in WARM_UP:
+            if target.can(point):
+                target.measure(point, WARM_UP_SECONDS)
+
+
+def measure(targets: list[Target], plan: Plan, begin: Callable[[], None]) -> tuple[list[Sample], list[float]]:
+    """All points, all rounds; and how long `additions` took before each of these.  ``begin`` is called before, too."""
     samples: list[Sample] = []
     speeds: list[float] = []
     rates: dict[str, float] = {}  # of each target where paced clients take their pace from
     decisive = tuple(point for point in plan.points if (point.op, point.clients) in DECISIVE)
     for number in range(plan.rounds + plan.more):
+        begin()
         speeds.append(additions())
         for index, point in enumerate(plan.points if number < plan.rounds else decisive):
             able = [target for target in targets if target.can(point)]
@@ -160,6 +195,8 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
             targets.append(FerretDB(cluster, bin_dir))
         else:
             say("FerretDB: skipped, it could not be built (see above)")
+        for target in targets:
+            target.start()
         fresh = {target.name: target.memory() for target in targets}
         launcher = procfs.pss_bytes({pg_ferret_launcher(cluster) or 0})
         for target in targets:
@@ -172,7 +209,7 @@ def run(bin_dir: Path, directory: Path, plan: Plan) -> dict[str, object]:
         idle = [
             idle_memory(target, plan.idle, plan.rest) for target in targets if plan.idle and target.name != Pgbench.name
         ]
-        samples, speeds = measure(targets, plan)
+        samples, speeds = measure(targets, plan, lambda: begin_round(cluster, targets))
         loaded = {target.name: target.memory() for target in targets}
         # Before the growth of cost is measured: that changes the number of workers.
         versions = {

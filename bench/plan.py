@@ -66,7 +66,9 @@ class Plan:
 PACE = 0.4
 PACED_BY = Point("find", 64)
 
-
+# What is run before each round, not measured: these open all connections that are needed in it.
+WARM_UP = (Point("find", 256), Point("insert", 256), Point("insertMany", 16), Point("scan", 16), Point("group", 16))
+WARM_UP_SECONDS = 0.5
 # Turns into which the time of a point is divided.
 TURNS = 4
 # Before each: a gateway and a load generator in Go go on for a while, to collect their garbage.

@@ -145,7 +145,7 @@ def _memory(run: dict[str, Any]) -> list[str]:
         "",
         f"| target | just started | {counts[0]:,} clients that have said hello | "
         + "".join(f"{count:,} of which each has read a document | " for count in counts)
-        + "none, when these have gone | after all of the above |",
+        + "none, when these have gone | after a round of all operations |",
         "|---|" + "--:|" * (len(counts) + 4),
     ]
     for idle in run["idle"]:
@@ -165,8 +165,8 @@ def _megabytes(count: float) -> str:
 _PAGE = f"""# Performance
 
 `make bench` measures pg_ferret, FerretDB and, as the limit, pgbench calling DocumentDB's function directly, all on one
-PostgreSQL, one after the other at every point, in several rounds. `make bench QUICK=1` takes about a minute and prints
-the table only. All figures: [performance.json](performance.json).
+PostgreSQL, in several rounds, with everything started anew before each. `make bench QUICK=1` takes about a minute and
+prints the table only. All figures: [performance.json](performance.json).
 
 ![operations per second over clients, and CPU per operation](performance.svg)
 

@@ -109,6 +109,12 @@ class Target:
         self.cluster = cluster
         self.bin_dir = bin_dir
 
+    def start(self) -> None:
+        """Begin to serve, on a cluster that runs."""
+
+    def stop(self) -> None:
+        """End what start began."""
+
     def gateway(self) -> set[int]:
         """Process ids of the gateway."""
         raise NotImplementedError
@@ -156,9 +162,6 @@ class Target:
     def version(self) -> str:
         """What exactly is measured."""
         raise NotImplementedError
-
-    def stop(self) -> None:
-        """End what start began."""
 
     def cpu(self) -> _Cpu:
         """What has been taken until now."""
@@ -209,6 +212,8 @@ class PgFerret(Target):
     def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
         super().__init__(cluster, bin_dir)
         self.uri = cluster.uri
+
+    def start(self) -> None:
         wait_for(self._connected, 20, "pg_ferret to connect to PostgreSQL")
 
     def _connected(self) -> bool:
@@ -233,14 +238,17 @@ class FerretDB(Target):
 
     def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
         super().__init__(cluster, bin_dir)
-        port = free_port()
-        self.uri = f"mongodb://127.0.0.1:{port}/"
-        self._directory = tempfile.TemporaryDirectory(prefix="bench-ferretdb-")
-        user, group, groups = server_user()
-        if user is not None and group is not None:
-            os.chown(self._directory.name, user, group)
-        postgres = f"postgres://{SERVER_USER}@/postgres?host={cluster.socket_dir}&port={cluster.pg_port}"
-        with (cluster.directory / "ferretdb.log").open("w") as log:
+        self._port = free_port()
+        self.uri = f"mongodb://127.0.0.1:{self._port}/"
+        self._user, self._group, self._groups = server_user()
+        self._directory = cluster.directory / "ferretdb"
+        self._directory.mkdir()
+        if self._user is not None and self._group is not None:
+            os.chown(self._directory, self._user, self._group)
+
+    def start(self) -> None:
+        postgres = f"postgres://{SERVER_USER}@/postgres?host={self.cluster.socket_dir}&port={self.cluster.pg_port}"
+        with (self.cluster.directory / "ferretdb.log").open("a") as log:
             self._process = subprocess.Popen(
                 [
                     self.bin_dir / "ferretdb",
@@ -248,20 +256,20 @@ class FerretDB(Target):
                     "--telemetry=disable",
                     "--debug-addr=-",
                     "--log-level=ERROR",
-                    f"--listen-addr=127.0.0.1:{port}",
-                    f"--state-dir={self._directory.name}",
+                    f"--listen-addr=127.0.0.1:{self._port}",
+                    f"--state-dir={self._directory}",
                     f"--postgresql-url={postgres}",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                user=user,
-                group=group,
-                extra_groups=groups,
-                env={"HOME": self._directory.name},
+                user=self._user,
+                group=self._group,
+                extra_groups=self._groups,
+                env={"HOME": str(self._directory)},
             )
-        wait_for(lambda: answers_hello(port), 20, "hello from FerretDB")
+        wait_for(lambda: answers_hello(self._port), 20, "hello from FerretDB")
 
     def gateway(self) -> set[int]:
         return {self._process.pid}
@@ -278,7 +286,6 @@ class FerretDB(Target):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._directory.cleanup()
 
 
 class Pgbench(Target):
@@ -288,8 +295,9 @@ class Pgbench(Target):
 
     def __init__(self, cluster: Cluster, bin_dir: Path) -> None:
         super().__init__(cluster, bin_dir)
-        self._directory = tempfile.TemporaryDirectory(prefix="bench-pgbench-")
-        self._script = Path(self._directory.name) / "find.sql"
+        self._directory = cluster.directory / "pgbench"
+        self._directory.mkdir()
+        self._script = self._directory / "find.sql"
         # A blank before true: pgbench would take ":true" for a variable.
         command = """{"find":"docs","filter":{"_id":{"$numberInt":"' || :id || '"}},"limit": 1,"singleBatch": true}"""
         self._script.write_text(
@@ -309,7 +317,7 @@ class Pgbench(Target):
 
     def measure(self, point: Point, seconds: float) -> Sample:
         sample = Sample(self.name, point.op, point.clients)
-        log = Path(self._directory.name) / "log"
+        log = self._directory / "log"
         # pgbench counts whole seconds.
         command: list[str | Path] = [PG_BIN / "pgbench", "-n", "-M", "prepared", "-f", self._script]
         # It takes whole seconds only.
@@ -325,7 +333,7 @@ class Pgbench(Target):
             sample.error = next(line for line in done.stderr.splitlines() if "error" in line)
             return sample
         times: list[float] = []
-        for file in Path(self._directory.name).glob("log.*"):
+        for file in self._directory.glob("log.*"):
             times += [float(line.split(" ", 3)[2]) for line in file.read_text().splitlines()]
             file.unlink()
         times.sort()
@@ -337,6 +345,3 @@ class Pgbench(Target):
 
     def version(self) -> str:
         return "prepared statements, 2 threads"
-
-    def stop(self) -> None:
-        self._directory.cleanup()

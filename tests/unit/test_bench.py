@@ -47,6 +47,10 @@ class _Run(Run):
         return self._sample
 
 
+def _nothing() -> None:
+    """What begins a round here."""
+
+
 def test_what_decides_a_goal_is_measured() -> None:
     assert {(point.op, point.clients) for point in FULL.points} >= DECISIVE
 
@@ -54,7 +58,7 @@ def test_what_decides_a_goal_is_measured() -> None:
 def test_paced_clients_send_all_gateways_the_same_part_of_what_the_slower_one_has_answered_in_that_round() -> None:
     points = (PACED_BY, Point("find-paced", 64), Point("find-paced-beside", 64))
     gateways = [_Gateway("quick", [10_000, 0, 4_000]), _Gateway("slow", [5_000, 2_000, 3_000])]
-    measure([*gateways], Plan(points, rounds=3, seconds=1.0, idle=()))
+    measure([*gateways], Plan(points, rounds=3, seconds=1.0, idle=()), _nothing)
     # In the second round a gateway has failed.
     assert [gateway.paces for gateway in gateways] == [[0, 2000, 2000, 0, 0, 1200, 1200]] * 2
     for plan in (FULL, QUICK):
@@ -62,21 +66,23 @@ def test_paced_clients_send_all_gateways_the_same_part_of_what_the_slower_one_ha
         assert all(index > plan.points.index(PACED_BY) for index in at)
 
 
-def test_gateways_take_turns_and_each_is_first_at_every_other() -> None:
+def test_in_each_round_gateways_are_started_anew_and_take_turns_and_each_is_first_at_every_other() -> None:
     order: list[str] = []
     gateways = [_Gateway(name, [8_000, 8_000], order) for name in "ab"]
-    measure([*gateways], Plan((PACED_BY,), rounds=2, seconds=2.0, idle=()))
-    assert "".join(order) == "abba" * 2 + "baab" * 2
+    measure([*gateways], Plan((PACED_BY,), rounds=2, seconds=2.0, idle=()), lambda: order.append("-"))
+    assert "".join(order) == "-abbaabba-baabbaab"
     order.clear()
     gateways = [_Gateway(name, [8_000], order) for name in "ab"]
-    measure([*gateways], Plan((PACED_BY, Point("find-paced-beside", 64)), rounds=1, seconds=2.0, idle=()))
+    measure([*gateways], Plan((PACED_BY, Point("find-paced-beside", 64)), rounds=1, seconds=2.0, idle=()), _nothing)
     assert "".join(order[8:]) == "ba"
 
 
 def test_what_takes_long_is_measured_for_longer_and_the_table_says_so_and_how_much_others_took() -> None:
     gateway = _Gateway("pg_ferret", [8_000])
     samples, speeds = measure(
-        [gateway], Plan((PACED_BY, Point("group", 16), Point("find-paced", 64)), rounds=1, seconds=2.0, idle=())
+        [gateway],
+        Plan((PACED_BY, Point("group", 16), Point("find-paced", 64)), rounds=1, seconds=2.0, idle=()),
+        _nothing,
     )
     assert gateway.seconds == [2.0, 6.0, 6.0]
     assert len(speeds) == 1
