@@ -29,15 +29,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """One target's figures divided by another's, each the median of the rounds; of ops/s the extremes as well."""
+class Ratios:
+    """One target's figures divided by another's, round by round."""
 
-    rate: float
-    least: float
-    most: float
-    p99: float
-    gateway: float
-    postgres: float
+    rate: list[float]
+    p99: list[float]
+    gateway: list[float]
+    postgres: list[float]
 
 
 Key = tuple[str, int]
@@ -88,21 +86,18 @@ def _cell(samples: list[dict[str, Any]]) -> Cell:
     )
 
 
-def ratios_of(run: dict[str, Any]) -> dict[Key, Ratio]:
+def ratios_of(run: dict[str, Any]) -> dict[Key, Ratios]:
     """pg_ferret's figures divided by FerretDB's, where there are both."""
-    found = {}
-    for key, row in rounds(run).items():
-        if together := pairs(row.get("pg_ferret", []), row.get("FerretDB", [])):
-            rates = [ours.rate / theirs.rate for ours, theirs in together]
-            found[key] = Ratio(
-                rate=statistics.median(rates),
-                least=min(rates),
-                most=max(rates),
-                p99=statistics.median(ours.p99 / theirs.p99 for ours, theirs in together),
-                gateway=statistics.median(_quotient(ours.gateway, theirs.gateway) for ours, theirs in together),
-                postgres=statistics.median(_quotient(ours.postgres, theirs.postgres) for ours, theirs in together),
-            )
-    return found
+    return {
+        key: Ratios(
+            rate=[ours.rate / theirs.rate for ours, theirs in together],
+            p99=[ours.p99 / theirs.p99 for ours, theirs in together],
+            gateway=[_quotient(ours.gateway, theirs.gateway) for ours, theirs in together],
+            postgres=[_quotient(ours.postgres, theirs.postgres) for ours, theirs in together],
+        )
+        for key, row in rounds(run).items()
+        if (together := pairs(row.get("pg_ferret", []), row.get("FerretDB", [])))
+    }
 
 
 def pairs(ours: list[Cell], theirs: list[Cell]) -> list[tuple[Cell, Cell]]:
@@ -114,12 +109,12 @@ def _quotient(ours: float, theirs: float) -> float:
     return ours / theirs if theirs else float("nan")
 
 
-def slowdowns(run: dict[str, Any], op: str) -> dict[str, float]:
-    """How much later each target answers point reads while one of the clients aggregates."""
+def slowdowns(run: dict[str, Any], op: str) -> dict[str, list[float]]:
+    """How much later each target answers point reads while one of the clients aggregates, round by round."""
     found = rounds(run)
     with_it, without = found.get((f"{op}-beside", 64), {}), found.get((op, 64), {})
     return {
-        target: statistics.median(beside.p99 / alone.p99 for beside, alone in together)
+        target: [beside.p99 / alone.p99 for beside, alone in together]
         for target, samples in with_it.items()
         if (together := pairs(samples, without.get(target, [])))
     }

@@ -38,6 +38,8 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
 
     conditions = [(1, ONE_WORKER), (2, TWO_WORKERS)]
     for turn in range(_TURNS):
+        target.cluster.restart()  # as before each round of __main__
+        target.start()
         for workers, condition in conditions[:: -1 if turn % 2 else 1]:
             _resize(target, workers)
             for point in _POINTS:

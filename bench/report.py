@@ -65,10 +65,11 @@ def table(run: dict[str, Any]) -> str:
             if cell.error:
                 problems.append(f"- {TITLES[op]}, {clients} clients, {target}: {cell.errors} errors, {cell.error}")
         if ratio := compared.get((op, clients)):
-            others = " | ".join(f"{value:.2f}" for value in (ratio.p99, ratio.gateway, ratio.postgres))
-            ratios.append(
-                f"| {TITLES[op]} | {clients} | {ratio.rate:.2f} | {ratio.least:.2f} - {ratio.most:.2f} | {others} |"
+            rate, *others = (
+                f"{statistics.median(found):.2f}" for found in (ratio.rate, ratio.p99, ratio.gateway, ratio.postgres)
             )
+            extremes = f"{min(ratio.rate):.2f} - {max(ratio.rate):.2f}"
+            ratios.append(f"| {TITLES[op]} | {clients} | {rate} | {extremes} | {' | '.join(others)} |")
     problems += [f"- idle clients, {idle['target']}: {idle['error']}" for idle in run["idle"] if "error" in idle]
     return (
         "\n".join(
@@ -99,7 +100,9 @@ def _beside(run: dict[str, Any]) -> list[str]:
     ways = []
     for op, way in BESIDE.items():
         if factors := slowdowns(run, op):
-            ways.append(f"{way}: " + ", ".join(f"{target} {factor:.2f}" for target, factor in factors.items()))
+            ways.append(
+                f"{way}: " + ", ".join(f"{target} {statistics.median(found):.2f}" for target, found in factors.items())
+            )
     if not ways:
         return []
     paced_by = ""
