@@ -31,14 +31,12 @@ from bench.plan import (
     QUICK,
     TITLES,
     TURNS,
-    WARM_UP,
-    WARM_UP_SECONDS,
     Plan,
     Point,
     beside,
     paced,
 )
-from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher
+from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher, warm_up
 from dev.cluster import Cluster, free_port
 
 _SETTINGS = {
@@ -84,9 +82,9 @@ def additions() -> float:
 def begin_round(cluster: Cluster, targets: list[Target]) -> None:
     """Start everything anew, and let connections to PostgreSQL be made and backends fill their caches.
 
-    Where a start happens to put stack and heap makes the same query in all backends of one gateway up to 5 % slower or
-    quicker than in those of the other: each round has another start. And the write-ahead log is written to files of
-    the round before, as in a server that has run for long, which are what the checkpoint at the end leaves.
+    Where a start happens to put stack and heap makes the same query in all backends of one gateway up to 4 % slower or
+    quicker than in those of the other: each round has another start. And from the second round on the write-ahead log
+    goes to files of the round before, which the checkpoint at its end has left, as in a server that has run for long.
     """
     for target in targets:
         target.stop()
@@ -94,9 +92,7 @@ def begin_round(cluster: Cluster, targets: list[Target]) -> None:
     for target in targets:
         target.start()
     for target in targets:
-        for point in WARM_UP:
-            if target.can(point):
-                target.measure(point, WARM_UP_SECONDS)
+        warm_up(target)
 
 
 def measure(targets: list[Target], plan: Plan, begin: Callable[[], None]) -> tuple[list[Sample], list[float]]:

@@ -148,7 +148,7 @@ def _memory(run: dict[str, Any]) -> list[str]:
         "",
         f"| target | just started | {counts[0]:,} clients that have said hello | "
         + "".join(f"{count:,} of which each has read a document | " for count in counts)
-        + "none, when these have gone | after a round of all operations |",
+        + "none, when these have gone | after the last round |",
         "|---|" + "--:|" * (len(counts) + 4),
     ]
     for idle in run["idle"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from bench import procfs
-from bench.plan import PAUSE_SECONDS, Point, paced
+from bench.plan import PAUSE_SECONDS, WARM_UP, WARM_UP_SECONDS, Point, paced
 from dev.cluster import PG_BIN, SERVER_USER, Cluster, answers_hello, free_port, server_user, wait_for
 
 # All targets read and write the same documents: copies, by where they happen to lie in memory, differ by a tenth.
@@ -195,6 +195,13 @@ class Run:
         return sample
 
 
+def warm_up(target: Target) -> None:
+    """Have a target that has just started open its connections to PostgreSQL, and their backends fill their caches."""
+    for point in WARM_UP:
+        if target.can(point):
+            target.measure(point, WARM_UP_SECONDS)
+
+
 def pg_ferret_launcher(cluster: Cluster) -> int | None:
     """The background worker whose child is the supervisor."""
     below = procfs.children()
@@ -245,6 +252,7 @@ class FerretDB(Target):
         self._directory.mkdir()
         if self._user is not None and self._group is not None:
             os.chown(self._directory, self._user, self._group)
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         postgres = f"postgres://{SERVER_USER}@/postgres?host={self.cluster.socket_dir}&port={self.cluster.pg_port}"
@@ -272,7 +280,7 @@ class FerretDB(Target):
         wait_for(lambda: answers_hello(self._port), 20, "hello from FerretDB")
 
     def gateway(self) -> set[int]:
-        return {self._process.pid}
+        return {self._process.pid} if self._process else set()
 
     def version(self) -> str:
         output = subprocess.run([self.bin_dir / "ferretdb", "--version"], capture_output=True, text=True, check=True)
@@ -280,12 +288,15 @@ class FerretDB(Target):
         return words.get("version", output.stdout.split("\n", 1)[0]).strip()
 
     def stop(self) -> None:
+        if self._process is None:
+            return
         self._process.terminate()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process = None
 
 
 class Pgbench(Target):

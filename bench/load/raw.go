@@ -126,8 +126,8 @@ func idle(uri, database string, count int) error {
 
 // connectStorm counts how often clients can connect, say hello and leave.
 func connectStorm(uri string, count, turns int, seconds float64) (*result, error) {
-	// Here the generator takes more CPU than what it measures. Of two threads one would wait for a processor, up to four
-	// milliseconds, while the gateway works there, and a client whose reply has come be late by that.
+	// Here the generator takes as much CPU as pg_ferret does. Of two threads one would wait for a processor, up to four
+	// milliseconds, while the gateway works there, and clients whose replies have come would seem late by that.
 	runtime.GOMAXPROCS(1)
 	greeters := make([]*greeter, count)
 	for i := range greeters {
