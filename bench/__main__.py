@@ -22,21 +22,8 @@ from pathlib import Path
 
 from bench import growth, procfs
 from bench.goals import DECISIVE
-from bench.plan import (
-    FULL,
-    LONG,
-    LONGER,
-    PACE,
-    PACED_BY,
-    QUICK,
-    TITLES,
-    TURNS,
-    Plan,
-    Point,
-    beside,
-    paced,
-)
-from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, pg_ferret_launcher, warm_up
+from bench.plan import FULL, LONG, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
+from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, begin_round, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
 _SETTINGS = {
@@ -77,22 +64,6 @@ def additions() -> float:
     for number in range(1_000_000):
         total += number
     return (time.perf_counter() - started) * 1000
-
-
-def begin_round(cluster: Cluster, targets: list[Target]) -> None:
-    """Start everything anew, and let connections to PostgreSQL be made and backends fill their caches.
-
-    Where a start happens to put stack and heap makes the same query in all backends of one gateway up to 4 % slower or
-    quicker than in those of the other: each round has another start. And from the second round on the write-ahead log
-    goes to files of the round before, which the checkpoint at its end has left, as in a server that has run for long.
-    """
-    for target in targets:
-        target.stop()
-    cluster.restart()
-    for target in targets:
-        target.start()
-    for target in targets:
-        warm_up(target)
 
 
 def measure(targets: list[Target], plan: Plan, begin: Callable[[], None]) -> tuple[list[Sample], list[float]]:

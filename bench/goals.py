@@ -34,11 +34,9 @@ DECISIVE = frozenset(
     | {(op, clients) for op in _MANY for clients in (16, 256)}
     | {(name, 64) for op in BESIDE for name in (op, f"{op}-beside")}
 )
-_ALONE = "(pg_ferret alone)"
-
-
 # What happens more often by chance is no proof that a goal is missed.
 _CHANCE = 0.05
+_ALONE = "(pg_ferret alone)"
 
 
 def goals(run: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from bson import Int64
 from pymongo import MongoClient
 
 from bench.plan import ONE_WORKER, TWO_WORKERS, Point
-from bench.targets import DATABASE, PgFerret, Sample, warm_up
+from bench.targets import DATABASE, PgFerret, Sample, begin_round
 from dev.cluster import wait_for
 
 _POINTS = (Point("find", 16), Point("insert", 16), Point("scan", 16))
@@ -38,9 +38,7 @@ def measure(target: PgFerret, cursors: int, collections: int, seconds: float, sa
 
     conditions = [(1, ONE_WORKER), (2, TWO_WORKERS)]
     for turn in range(_TURNS):
-        target.cluster.restart()  # for the same reason as before each round of __main__
-        target.start()
-        warm_up(target)
+        begin_round(target.cluster, [target])
         for workers, condition in conditions[:: -1 if turn % 2 else 1]:
             _resize(target, workers)
             for point in _POINTS:
