@@ -82,7 +82,7 @@ def measure(targets: list[Target], plan: Plan, begin: Callable[[], None]) -> tup
             if paced(point.op) and not pace:
                 say(f"{number + 1}/{plan.rounds + plan.more} {TITLES[point.op]}: skipped, no pace: see above")
                 continue
-            seconds = plan.seconds * (LONGER if point.op in LONG else 1)
+            seconds = plan.seconds * (LONGER if point in LONG else 1)
             found = _in_turns(gateways, point, seconds, pace, first=index + number)
             found += [target.measure(point, seconds) for target in able if target not in gateways]
             samples += found

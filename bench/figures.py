@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bench.plan import put_beside
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -112,7 +114,7 @@ def _quotient(ours: float, theirs: float) -> float:
 def slowdowns(run: dict[str, Any], op: str) -> dict[str, list[float]]:
     """How much later each target answers point reads while one of the clients aggregates, round by round."""
     found = rounds(run)
-    with_it, without = found.get((f"{op}-beside", 64), {}), found.get((op, 64), {})
+    with_it, without = found.get((put_beside(op), 64), {}), found.get((op, 64), {})
     return {
         target: [beside.p99 / alone.p99 for beside, alone in together]
         for target, samples in with_it.items()

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from bench.figures import Cell, pairs, ratios_of, rounds, slowdowns
-from bench.plan import ONE_WORKER, TITLES, TWO_WORKERS
+from bench.plan import ONE_WORKER, TITLES, TWO_WORKERS, put_beside
 
 # What pg_ferret divided by FerretDB is meant to be: operation, clients, ops/s at least, the gateway's CPU at most.
 _GOALS = (
@@ -32,7 +32,7 @@ BESIDE = {"find-paced": "paced", "find": "as many as are answered"}
 DECISIVE = frozenset(
     {(op, clients) for op, clients, *_ in _GOALS}
     | {(op, clients) for op in _MANY for clients in (16, 256)}
-    | {(name, 64) for op in BESIDE for name in (op, f"{op}-beside")}
+    | {(name, 64) for op in BESIDE for name in (op, put_beside(op))}
 )
 # What happens more often by chance is no proof that a goal is missed.
 _CHANCE = 0.05

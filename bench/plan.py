@@ -73,10 +73,16 @@ WARM_UP_SECONDS = 0.5
 TURNS = 4
 # Before each: a gateway and a load generator in Go go on for a while, to collect their garbage.
 PAUSE_SECONDS = 0.05
-# These are measured for so many times as long: a round would have few of them, or, at a pace, a single halt of the
-# machine would make its p99.
+# These are measured for so many times as long: a round would have few of them, or a single halt of the machine would
+# make the p99 of point reads, which is compared with and without an aggregation beside them.
 LONGER = 3
-LONG = ("group", "find-paced", "find-paced-beside")
+LONG = (
+    Point("group", 16),
+    Point("find", 64),
+    Point("find-beside", 64),
+    Point("find-paced", 64),
+    Point("find-paced-beside", 64),
+)
 
 
 def paced(op: str) -> str:
@@ -84,9 +90,17 @@ def paced(op: str) -> str:
     return op.replace("-paced", "") if "-paced" in op else ""
 
 
+_BESIDE = "-beside"
+
+
 def beside(op: str) -> bool:
     """Whether one of the clients aggregates meanwhile; it goes on when the others have ended, so there are no turns."""
-    return op.endswith("-beside")
+    return op.endswith(_BESIDE)
+
+
+def put_beside(op: str) -> str:
+    """The operation ``op`` while one of the clients aggregates."""
+    return op + _BESIDE
 
 
 def _points(**clients: tuple[int, ...]) -> tuple[Point, ...]:

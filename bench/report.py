@@ -25,8 +25,7 @@ def table(run: dict[str, Any]) -> str:
     """The Markdown between the markers."""
     more = f", of {run['rounds'] + run['more']} where a goal depends on it" if run.get("more") else ""
     found = cells(run)
-    measured = {op for op, _ in found}
-    long = "; ".join(TITLES[op] for op in LONG if op in measured)
+    long = "; ".join(f"{TITLES[one.op]}, {one.clients} clients" for one in LONG if (one.op, one.clients) in found)
     longer = f", {LONGER} times as long for {long}" if long else ""
     versions = "; ".join(f"{name} {version}" for name, version in run["versions"].items())
     lines = [

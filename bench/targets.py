@@ -340,7 +340,6 @@ class Pgbench(Target):
     def measure(self, point: Point, seconds: float) -> Sample:
         sample = Sample(self.name, point.op, point.clients)
         log = self._directory / "log"
-        # pgbench counts whole seconds.
         command: list[str | Path] = [PG_BIN / "pgbench", "-n", "-M", "prepared", "-f", self._script]
         # It takes whole seconds only.
         command += ["-T", str(max(1, round(seconds))), "-l", f"--log-prefix={log}"]
