@@ -54,7 +54,7 @@ integration: build ## tests against a real server; ARGS= goes to pytest
 bench: override RUN_DIR := $(RUN_DIR)/bench
 bench: build ## measure beside FerretDB and write docs/performance.*; QUICK=1, ONLY="scan insert" ROUNDS=9: prints only
 	@bench/build '$(RUN_DIR)/bin'
-	@dev/enter --private python3 -m bench --bin /instance/bin --out /instance/result.json $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
+	@bench/group dev/enter --private python3 -m bench --bin /instance/bin --out /instance/result.json $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS))
 	@dev/enter --write --as owner python3 -m bench.report /instance/result.json $(if $(QUICK)$(ONLY)$(ROUNDS),,docs)
 
 faults: override RUN_DIR := $(RUN_DIR)/faults
