@@ -10,7 +10,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, ClassVar, Final
 
 from bench import procfs
 from bench.plan import PAUSE_SECONDS, WARM_UP, WARM_UP_SECONDS, Point, paced
@@ -61,6 +61,8 @@ def _book(sample: Sample, *spans: tuple[_Cpu, _Cpu]) -> None:
 class Load:
     """A load generator that has prepared everything and runs for a turn whenever it is told to."""
 
+    group: ClassVar[int | None] = None  # takes the process ids of what is to be in another control group than servers
+
     def __init__(self, command: list[str | Path]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
@@ -70,6 +72,8 @@ class Load:
             stderr=self._errors,
             text=True,
         )
+        if self.group is not None:
+            os.write(self.group, str(self._process.pid).encode())
         self.ready = _pipe(self._process.stdout).readline() == "ready\n"
 
     def run(self) -> dict[str, Any]:
