@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from bench.__main__ import measure
 from bench.goals import DECISIVE, surely_missed
 from bench.plan import FULL, PACED_BY, QUICK, Plan, Point, paced
 from bench.report import table
-from bench.targets import Run, Sample, Target, _book
+from bench.targets import Load, Run, Sample, Target, _book
 from dev.cluster import Cluster
 
 
@@ -109,6 +111,14 @@ def test_a_goal_is_missed_when_chance_would_hardly_let_so_many_rounds_miss_it() 
     assert surely_missed([0.98] * 8 + [1.01], 1.0, least=True)
     assert not surely_missed([1.04] * 4, 1.0, least=False)
     assert surely_missed([1.04] * 5, 1.0, least=False)
+
+
+def test_the_load_generator_is_moved_to_another_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "cgroup.procs").open("w") as group:
+        monkeypatch.setattr(Load, "group", group.fileno())
+        load = Load(["sh", "-c", """echo ready; read go; printf '{"ops": %d}\\n' $$"""])
+        assert load.run() == {"ops": int((tmp_path / "cgroup.procs").read_text())}
+        load.close()
 
 
 def test_the_load_generator_knows_what_is_measured() -> None:
