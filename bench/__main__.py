@@ -217,7 +217,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=TITLES, help="these operations only, and what they are paced by")
     parser.add_argument("--rounds", type=int, help="instead of the plan's")
-    parser.add_argument("--clients", type=int, help="a file that moves the load generator to another control group")
+    parser.add_argument("--clients", type=int, help="open file: cgroup.procs for the load generator")
     options = parser.parse_args()
     Load.group = options.clients
     plan = QUICK if options.quick else FULL

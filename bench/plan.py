@@ -83,14 +83,12 @@ LONG = (
     Point("find-paced", 64),
     Point("find-paced-beside", 64),
 )
+_BESIDE = "-beside"  # ends the names of operations beside an aggregation
 
 
 def paced(op: str) -> str:
     """The operation that is measured at a pace; empty if it is not."""
     return op.replace("-paced", "") if "-paced" in op else ""
-
-
-_BESIDE = "-beside"
 
 
 def beside(op: str) -> bool:

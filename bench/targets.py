@@ -61,7 +61,7 @@ def _book(sample: Sample, *spans: tuple[_Cpu, _Cpu]) -> None:
 class Load:
     """A load generator that has prepared everything and runs for a turn whenever it is told to."""
 
-    group: ClassVar[int | None] = None  # takes the process ids of what is to be in another control group than servers
+    group: ClassVar[int | None] = None  # an open cgroup.procs: there it moves, away from the servers
 
     def __init__(self, command: list[str | Path]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
