@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from bench.figures import Cell, pairs, ratios_of, rounds, slowdowns
-from bench.plan import ONE_WORKER, TITLES, TWO_WORKERS, put_beside
+from bench.plan import ONE_WORKER, TITLES, TWO_WORKERS, Point, put_beside
 
 # What pg_ferret divided by FerretDB is meant to be: operation, clients, ops/s at least, the gateway's CPU at most.
 _GOALS = (
@@ -28,11 +28,11 @@ _GOAL_CLIENTS = 0.8
 _MANY = ("find", "insert")
 # The aggregation takes one of two cores: who sends as fast as it is answered waits longer for that alone.
 BESIDE = {"find-paced": "paced", "find": "as many as are answered"}
-# Operations and clients on which a goal depends.
+# On which a goal depends.
 DECISIVE = frozenset(
-    {(op, clients) for op, clients, *_ in _GOALS}
-    | {(op, clients) for op in _MANY for clients in (16, 256)}
-    | {(name, 64) for op in BESIDE for name in (op, put_beside(op))}
+    {Point(op, clients) for op, clients, *_ in _GOALS}
+    | {Point(op, clients) for op in _MANY for clients in (16, 256)}
+    | {Point(name, 64) for op in BESIDE for name in (op, put_beside(op))}
 )
 # What happens more often by chance is no proof that a goal is missed.
 _CHANCE = 0.05

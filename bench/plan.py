@@ -129,9 +129,13 @@ QUICK = Plan(
 )
 
 FULL = Plan(
+    # Point reads without and beside an aggregation are compared, and so not long apart.
     points=_points(
         ping=(16,),
         find=(1, 4, 16, 64, 256),
+        find_beside=(64,),
+        find_paced=(64,),
+        find_paced_beside=(64,),
         insert=(1, 16, 64, 256),
         insert_array=(64,),
         update=(16, 64),
@@ -148,9 +152,6 @@ FULL = Plan(
         ycsb_c=(16,),
         insert_1MB=(4,),
         find_1MB=(4,),
-        find_beside=(64,),
-        find_paced=(64,),
-        find_paced_beside=(64,),
         connect=(16,),
     ),
     rounds=3,
