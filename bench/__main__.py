@@ -23,7 +23,7 @@ from pathlib import Path
 from bench import growth, procfs
 from bench.goals import DECISIVE
 from bench.plan import FULL, LONG, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
-from bench.targets import Client, FerretDB, Load, Pgbench, PgFerret, Sample, Target, begin_round, pg_ferret_launcher
+from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, begin_round, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
 _SETTINGS = {
@@ -217,9 +217,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=TITLES, help="these operations only, and what they are paced by")
     parser.add_argument("--rounds", type=int, help="instead of the plan's")
-    parser.add_argument("--clients", type=int, help="open file: cgroup.procs for clients")
+    parser.add_argument("--load-group", type=int, help="open file: cgroup.procs, where load generators move to")
     options = parser.parse_args()
-    Client.group = options.clients
+    Load.group = options.load_group
     plan = QUICK if options.quick else FULL
     if options.only:
         points = tuple(point for point in plan.points if point.op in options.only)

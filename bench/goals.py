@@ -28,7 +28,7 @@ _GOAL_CLIENTS = 0.8
 _MANY = ("find", "insert")
 # The aggregation takes one of two cores: who sends as fast as it is answered waits longer for that alone.
 BESIDE = {"find-paced": "paced", "find": "as many as are answered"}
-# On which a goal depends.
+# Points on which a goal depends.
 DECISIVE = frozenset(
     {Point(op, clients) for op, clients, *_ in _GOALS}
     | {Point(op, clients) for op in _MANY for clients in (16, 256)}

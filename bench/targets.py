@@ -58,50 +58,43 @@ def _book(sample: Sample, *spans: tuple[_Cpu, _Cpu]) -> None:
     sample.other_cpu = max(0.0, busy - sample.gateway_cpu - sample.postgres_cpu - sample.driver_cpu)
 
 
-class Client:
-    """A program that asks the servers."""
-
-    group: ClassVar[int | None] = None  # an open cgroup.procs: there clients move, away from the servers
-
-    def __init__(self, command: list[str | Path], errors: IO[str] | int) -> None:
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        if self.group is not None:
-            os.write(self.group, str(self.process.pid).encode())
-
-
-class Load(Client):
+class Load:
     """A load generator that has prepared everything and runs for a turn whenever it is told to."""
+
+    group: ClassVar[int | None] = None  # an open cgroup.procs: there it moves, away from the servers
 
     def __init__(self, command: list[str | Path]) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
-        super().__init__(command, self._errors)
-        self.ready = _pipe(self.process.stdout).readline() == "ready\n"
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        if self.group is not None:
+            os.write(self.group, str(self._process.pid).encode())
+        self.ready = _pipe(self._process.stdout).readline() == "ready\n"
 
     def run(self) -> dict[str, Any]:
         """Say go, wait for the result of all turns so far, or for {"error": …}."""
         line = ""
         if self.ready:
-            stdin = _pipe(self.process.stdin)
+            stdin = _pipe(self._process.stdin)
             stdin.write("go\n")
             stdin.flush()
-            line = _pipe(self.process.stdout).readline()
+            line = _pipe(self._process.stdout).readline()
         if line:
             result: dict[str, Any] = json.loads(line)
             return result
         self.ready = False
-        self.process.communicate()
+        self._process.communicate()
         self._errors.seek(0)
-        return {"error": self._errors.read().strip() or f"exit status {self.process.returncode}"}
+        return {"error": self._errors.read().strip() or f"exit status {self._process.returncode}"}
 
     def close(self) -> None:
         """Wait until it has removed what it made."""
-        self.process.communicate()
+        self._process.communicate()
         self._errors.close()
 
 
@@ -357,20 +350,19 @@ class Pgbench(Target):
         command += ["-c", str(point.clients), "-j", str(min(point.clients, 2))]
         command += ["-h", self.cluster.socket_dir, "-p", str(self.cluster.pg_port), "-U", SERVER_USER, "postgres"]
         before, driver = self.cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        client = Client(command, subprocess.PIPE)
-        output, errors = client.process.communicate()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         after, usage = self.cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
         sample.driver_cpu = usage.ru_utime + usage.ru_stime - driver.ru_utime - driver.ru_stime
         _book(sample, (before, after))
-        if client.process.returncode:
-            sample.error = next(line for line in errors.splitlines() if "error" in line)
+        if done.returncode:
+            sample.error = next(line for line in done.stderr.splitlines() if "error" in line)
             return sample
         times: list[float] = []
         for file in self._directory.glob("log.*"):
             times += [float(line.split(" ", 3)[2]) for line in file.read_text().splitlines()]
             file.unlink()
         times.sort()
-        (rate,) = (line.split()[2] for line in output.splitlines() if line.startswith("tps"))
+        (rate,) = (line.split()[2] for line in done.stdout.splitlines() if line.startswith("tps"))
         sample.ops, sample.seconds = len(times), len(times) / float(rate)
         sample.p50, sample.p99, sample.p999 = (times[int(q * len(times))] for q in (0.5, 0.99, 0.999))
         sample.max = times[-1]

@@ -11,7 +11,7 @@ from bench.__main__ import measure
 from bench.goals import DECISIVE, surely_missed
 from bench.plan import FULL, PACED_BY, QUICK, Plan, Point, paced
 from bench.report import table
-from bench.targets import Client, Load, Run, Sample, Target, _book
+from bench.targets import Load, Run, Sample, Target, _book
 from dev.cluster import Cluster
 
 
@@ -113,9 +113,9 @@ def test_a_goal_is_missed_when_chance_would_hardly_let_so_many_rounds_miss_it() 
     assert surely_missed([1.04] * 5, 1.0, least=False)
 
 
-def test_a_client_is_moved_to_another_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_load_generator_is_moved_to_another_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "cgroup.procs").open("w") as group:
-        monkeypatch.setattr(Client, "group", group.fileno())
+        monkeypatch.setattr(Load, "group", group.fileno())
         load = Load(["sh", "-c", """echo ready; read go; printf '{"ops": %d}\\n' $$"""])
         assert load.run() == {"ops": int((tmp_path / "cgroup.procs").read_text())}
         load.close()
