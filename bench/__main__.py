@@ -21,9 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import growth, procfs
+from bench.generator import Load
 from bench.goals import DECISIVE
 from bench.plan import FULL, LONG, LONGER, PACE, PACED_BY, QUICK, TITLES, TURNS, Plan, Point, beside, paced
-from bench.targets import FerretDB, Load, Pgbench, PgFerret, Sample, Target, begin_round, pg_ferret_launcher
+from bench.sample import Sample
+from bench.targets import FerretDB, Pgbench, PgFerret, Target, begin_round, pg_ferret_launcher
 from dev.cluster import Cluster, free_port
 
 _SETTINGS = {

@@ -10,7 +10,8 @@ from bson import Int64
 from pymongo import MongoClient
 
 from bench.plan import ONE_WORKER, TWO_WORKERS, Point
-from bench.targets import DATABASE, PgFerret, Sample, begin_round
+from bench.sample import Sample
+from bench.targets import DATABASE, PgFerret, begin_round
 from dev.cluster import wait_for
 
 _POINTS = (Point("find", 16), Point("insert", 16), Point("scan", 16))

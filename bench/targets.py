@@ -2,105 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
-import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Final
+from typing import Any, Final
 
 from bench import procfs
+from bench.generator import Load
 from bench.plan import PAUSE_SECONDS, WARM_UP, WARM_UP_SECONDS, Point, paced
+from bench.sample import Cpu, Sample
 from dev.cluster import PG_BIN, SERVER_USER, Cluster, answers_hello, free_port, server_user, wait_for
 
 # All targets read and write the same documents: copies, by where they happen to lie in memory, differ by a tenth.
 DATABASE: Final = "bench"
 # pgbench's connections are PostgreSQL's; more than that are not what a gateway would open.
 _PGBENCH_CLIENTS: Final = 64
-
-
-@dataclass
-class Sample:
-    """One measurement. Latencies in microseconds, CPU in seconds, ``error`` empty if all went well."""
-
-    target: str
-    op: str
-    clients: int
-    ops: int = 0
-    seconds: float = 0.0
-    p50: float = 0.0
-    p99: float = 0.0
-    p999: float = 0.0
-    max: float = 0.0
-    errors: int = 0
-    error: str = ""
-    driver_cpu: float = 0.0
-    gateway_cpu: float = 0.0
-    postgres_cpu: float = 0.0
-    other_cpu: float = 0.0  # of everything that has nothing to do with the measurement
-    stolen_cpu: float = 0.0  # what the machine's host gave to others though it was wanted here
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
-
-_Cpu = tuple[float, float, float, float]  # of a gateway, of PostgreSQL, of all programs, stolen
-
-
-def _book(sample: Sample, *spans: tuple[_Cpu, _Cpu]) -> None:
-    """Enter what each has taken between these moments; the load generator's is there already."""
-    taken = [[late - early for early, late in zip(*span, strict=True)] for span in spans]
-    sample.gateway_cpu, sample.postgres_cpu, busy, sample.stolen_cpu = map(sum, zip(*taken, strict=True))
-    sample.other_cpu = max(0.0, busy - sample.gateway_cpu - sample.postgres_cpu - sample.driver_cpu)
-
-
-class Load:
-    """A load generator that has prepared everything and runs for a turn whenever it is told to."""
-
-    group: ClassVar[int | None] = None  # an open cgroup.procs: there it moves, away from the servers
-
-    def __init__(self, command: list[str | Path]) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        if self.group is not None:
-            os.write(self.group, str(self._process.pid).encode())
-        self.ready = _pipe(self._process.stdout).readline() == "ready\n"
-
-    def run(self) -> dict[str, Any]:
-        """Say go, wait for the result of all turns so far, or for {"error": …}."""
-        line = ""
-        if self.ready:
-            stdin = _pipe(self._process.stdin)
-            stdin.write("go\n")
-            stdin.flush()
-            line = _pipe(self._process.stdout).readline()
-        if line:
-            result: dict[str, Any] = json.loads(line)
-            return result
-        self.ready = False
-        self._process.communicate()
-        self._errors.seek(0)
-        return {"error": self._errors.read().strip() or f"exit status {self._process.returncode}"}
-
-    def close(self) -> None:
-        """Wait until it has removed what it made."""
-        self._process.communicate()
-        self._errors.close()
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    assert stream is not None
-    return stream
 
 
 class Target:
@@ -167,7 +85,7 @@ class Target:
         """What exactly is measured."""
         raise NotImplementedError
 
-    def cpu(self) -> _Cpu:
+    def cpu(self) -> Cpu:
         """What has been taken until now."""
         gateway, postgres = self.gateway(), self.postgres()
         return procfs.cpu_seconds(gateway), procfs.cpu_seconds(postgres), *procfs.machine_seconds()
@@ -180,7 +98,7 @@ class Run:
         self._target, self._point = target, point
         self._load = target.load(point, seconds, pace, turns)
         self._result: dict[str, Any] = {}
-        self._spans: list[tuple[_Cpu, _Cpu]] = []
+        self._spans: list[tuple[Cpu, Cpu]] = []
 
     def go(self) -> None:
         """One turn."""
@@ -195,7 +113,7 @@ class Run:
         """What all turns have given."""
         self._load.close()
         sample = Sample(self._target.name, self._point.op, self._point.clients, **self._result)
-        _book(sample, *self._spans)
+        sample.book(*self._spans)
         return sample
 
 
@@ -353,7 +271,7 @@ class Pgbench(Target):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         after, usage = self.cpu(), resource.getrusage(resource.RUSAGE_CHILDREN)
         sample.driver_cpu = usage.ru_utime + usage.ru_stime - driver.ru_utime - driver.ru_stime
-        _book(sample, (before, after))
+        sample.book((before, after))
         if done.returncode:
             sample.error = next(line for line in done.stderr.splitlines() if "error" in line)
             return sample

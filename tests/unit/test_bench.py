@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import measure
+from bench.generator import Load
 from bench.goals import DECISIVE, surely_missed
 from bench.plan import FULL, PACED_BY, QUICK, Plan, Point, paced
 from bench.report import table
-from bench.targets import Load, Run, Sample, Target, _book
+from bench.sample import Sample
+from bench.targets import Run, Target
 from dev.cluster import Cluster
 
 
@@ -91,8 +93,7 @@ def test_what_takes_long_is_measured_for_longer_and_the_table_says_so_and_how_mu
     assert gateway.seconds == [6.0, 2.0, 6.0, 6.0]
     assert len(speeds) == 1
     assert speeds[0] > 0
-    _book(
-        samples[0],
+    samples[0].book(
         ((1.0, 2.0, 10.0, 5.0), (1.25, 2.25, 10.5, 5.5)),
         ((1.25, 3.0, 12.0, 6.0), (1.25, 3.25, 12.5, 6.25)),
     )
