@@ -114,15 +114,24 @@ def start(instance: Instance, port: int, pg_port: int) -> int:
 
 def run(instance: Instance, port: int, pg_port: int) -> int:
     """Start, show what to try, and stop at Ctrl-C, hangup or SIGTERM. 1 if the server ended by itself."""
-    # Each of the three is KeyboardInterrupt here; dev/enter --finish holds SIGINT back until now.
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    started = ending = False
+
+    def end(*_: object) -> None:
+        """The first signal ends the instance; another one must not interrupt that."""
+        nonlocal ending
+        if not ending:
+            ending = True
+            raise KeyboardInterrupt
+
     for number in signals:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, end)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # dev/enter --finish holds it back until now
         with instance.locked():
             if instance.running():
-                raise ClusterError("runs already in the background: make stop ends it")
+                raise ClusterError("runs already: make stop ends it")
+            started = True  # or half so: what is there is to be stopped
             cluster = instance.start(port, pg_port)
         print(_TRY.format(uri=cluster.uri, where=_where()))
         print(f"Ctrl-C stops it. The log is {_shown_directory()}/log", flush=True)
@@ -136,11 +145,13 @@ def run(instance: Instance, port: int, pg_port: int) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
+        ending = True
         for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        with instance.locked():
-            if instance.stop():
-                _say("stopped")
+            signal.signal(number, signal.SIG_IGN)  # for pg_ctl, which inherits it
+        if started:
+            with instance.locked():
+                if instance.stop():
+                    _say("stopped")
 
 
 def stop(instance: Instance) -> int:
