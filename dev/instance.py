@@ -115,14 +115,16 @@ def start(instance: Instance, port: int, pg_port: int) -> int:
 def run(instance: Instance, port: int, pg_port: int) -> int:
     """Start, show what to try, and stop at Ctrl-C, hangup or SIGTERM. 1 if the server ended by itself."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    started = ending = False
+    started = False
+
+    def ignore_signals() -> None:
+        """From now on, here and in pg_ctl, which inherits it: nothing more may interrupt the end."""
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
 
     def end(*_: object) -> None:
-        """The first signal ends the instance; another one must not interrupt that."""
-        nonlocal ending
-        if not ending:
-            ending = True
-            raise KeyboardInterrupt
+        ignore_signals()
+        raise KeyboardInterrupt
 
     for number in signals:
         signal.signal(number, end)
@@ -145,9 +147,7 @@ def run(instance: Instance, port: int, pg_port: int) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        ending = True
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)  # for pg_ctl, which inherits it
+        ignore_signals()
         if started:
             with instance.locked():
                 if instance.stop():
