@@ -39,7 +39,7 @@ Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 class Duties:
     """The kinds of them, and who has them."""
 
-    __slots__ = ("_others", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
+    __slots__ = ("_others", "_turn", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Duties:
         flush_elsewhere: Callable[[Committed], None],
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
+        self._turn = turn
         self.commits = Commits(turn.loop, flush_elsewhere, self._coming, self._in_line, self._flushes)
         lag = Lag(turn.loop)
 
@@ -84,6 +85,7 @@ class Duties:
         # Beside the first line of writes one for pages, and one to flush what they commit: a single processor would
         # only change from one to the other and back.
         several = limits.processors > 1
+        self._turn.gives_way = limits.batch and not several
         writes = min(_MOST_LINES_OF_WRITES, limits.processors, max(0, room - finds - 1 - several))
         flush = several and writes > 0
         if not writes:

@@ -6,6 +6,7 @@ PostgreSQL that stays awake.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from typing import Final
 
@@ -42,6 +43,9 @@ _LONG_SECONDS: Final = 0.02
 LOOKED_AT: Final = 32
 _HEAVY_SECONDS: Final = 0.001
 _BUSY_PART: Final = 1 / 3
+# Where the worker has one processor only, whoever else waits for it goes first while so many pages are under way and
+# the last one was large: more of them are there then, and the worker is woken half as often.
+_MANY: Final = 5
 
 
 class PageLine(ReadLine):
@@ -87,6 +91,11 @@ class PageLine(ReadLine):
         except psycopg.Error:
             self._end()
         return waiter
+
+    def _readable(self) -> None:
+        if self._read_on and len(self._queue) >= _MANY and self._turn.gives_way:
+            os.sched_yield()
+        super()._readable()
 
     def _take(self, result: pq.abc.PGresult, status: int) -> None:
         if status == TUPLES_OK:

@@ -134,6 +134,15 @@ def test_writes_that_share_are_counted_when_they_are_flushed(others: int) -> Non
     assert stage.duties.crowd.there == (others == 3)  # beside the one that is flushed
 
 
+def test_only_batch_work_of_one_processor_gives_way() -> None:
+    stage = Stage()
+    found = []
+    for batch, processors in ((False, 1), (True, 2), (True, 1), (True, 2)):
+        stage.duties.allot(Limits(1, 40, None, batch=batch, processors=processors))
+        found.append(stage.turn.gives_way)
+    assert found == [False, False, True, False]
+
+
 def test_a_line_flushes_for_a_worker_of_one_processor() -> None:
     stage = Stage(processors=1)
     duties = stage.duties

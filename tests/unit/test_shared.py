@@ -591,6 +591,23 @@ def test_behind_an_answer_of_some_size_there_may_be_another(monkeypatch: pytest.
     assert arriving
 
 
+@pytest.mark.parametrize(
+    ("gives_way", "size", "count", "times"),
+    [(True, 16_000, 6, 1), (False, 16_000, 6, 0), (True, 10, 6, 0), (True, 16_000, 5, 0)],
+)
+def test_others_go_first_where_many_large_pages_are_to_come(
+    monkeypatch: pytest.MonkeyPatch, gives_way: bool, size: int, count: int, times: int
+) -> None:
+    stage = Stage(GET_MORE, together=False, count=count)
+    stage.loop.turn.gives_way = gives_way
+    given: list[int] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: given.append(answers(stage)))
+    for _ in range(2):
+        stage.server.give(stage.line, row(bytes(size), None), sync())
+    assert given == [1] * times  # before the second page is read
+    assert answers(stage) == 2
+
+
 def test_behind_several_of_which_any_is_of_some_size_there_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(points=PointLine)
     stage.waiters += [stage.line.add(read) for read in stage.reads]
