@@ -30,13 +30,12 @@ class Turn:
     Who reads answers sets `reading` before and calls `go_on` after, whatever happens.
     """
 
-    __slots__ = ("answered", "gives_way", "loop", "reading")
+    __slots__ = ("answered", "loop", "reading")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.answered: list[Runner] = []
         self.reading = False
-        self.gives_way = False  # whether other processes had better go first when there will be much to read
 
     def add(self, runner: Runner) -> None:
         """One more."""

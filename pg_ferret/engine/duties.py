@@ -39,7 +39,7 @@ Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 class Duties:
     """The kinds of them, and who has them."""
 
-    __slots__ = ("_others", "_turn", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
+    __slots__ = ("_others", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
 
     def __init__(
         self,
@@ -50,7 +50,6 @@ class Duties:
         flush_elsewhere: Callable[[Committed], None],
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
-        self._turn = turn
         self.commits = Commits(turn.loop, flush_elsewhere, self._coming, self._in_line, self._flushes)
         lag = Lag(turn.loop)
 
@@ -85,7 +84,6 @@ class Duties:
         # Beside the first line of writes one for pages, and one to flush what they commit: a single processor would
         # only change from one to the other and back.
         several = limits.processors > 1
-        self._turn.gives_way = limits.batch and not several
         writes = min(_MOST_LINES_OF_WRITES, limits.processors, max(0, room - finds - 1 - several))
         flush = several and writes > 0
         if not writes:
@@ -94,6 +92,8 @@ class Duties:
         self.writes.allot(writes)
         self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
         self.commits.apart = flush
+        # Who is to be scheduled ordinarily does not wait for others of his own accord, either.
+        self.pages.costs.gives_way = limits.batch and not several
 
     def _flushes(self) -> None:
         self.meet(itself=1)

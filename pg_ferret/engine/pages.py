@@ -93,7 +93,7 @@ class PageLine(ReadLine):
         return waiter
 
     def _readable(self) -> None:
-        if self._read_on and len(self._queue) >= _MANY and self._turn.gives_way:
+        if self._read_on and len(self._queue) >= _MANY and self._costs.gives_way:
             os.sched_yield()
         super()._readable()
 

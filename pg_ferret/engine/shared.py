@@ -54,7 +54,7 @@ class ReadLine(Line):
         self._answered = 0  # reads that have their answer, of those that the server is at
         self._since = 0.0  # when it began with them
         self._late = 0.0  # from then on it takes too long
-        self._read_on = False  # whether libpq may have left the next answer in the socket
+        self._read_on = False  # the last answer was large: libpq may have left the next one in the socket
         super().__init__(conn, turn)
 
     @abstractmethod

@@ -139,7 +139,7 @@ def test_only_batch_work_of_one_processor_gives_way() -> None:
     found = []
     for batch, processors in ((False, 1), (True, 2), (True, 1), (True, 2)):
         stage.duties.allot(Limits(1, 40, None, batch=batch, processors=processors))
-        found.append(stage.turn.gives_way)
+        found.append(stage.duties.pages.costs.gives_way)
     assert found == [False, False, True, False]
 
 

@@ -599,7 +599,7 @@ def test_others_go_first_where_many_large_pages_are_to_come(
     monkeypatch: pytest.MonkeyPatch, gives_way: bool, size: int, count: int, times: int
 ) -> None:
     stage = Stage(GET_MORE, together=False, count=count)
-    stage.loop.turn.gives_way = gives_way
+    stage.costs.gives_way = gives_way
     given: list[int] = []
     monkeypatch.setattr(os, "sched_yield", lambda: given.append(answers(stage)))
     for _ in range(2):
