@@ -18,14 +18,13 @@ _AGAIN_SECONDS: Final = 0.1
 class Costs:
     """Which shapes of reads have been cheap lately.  Times are the loop's."""
 
-    __slots__ = ("_slow", "cheap", "cheap_seconds", "gives_way", "lag", "late_seconds")
+    __slots__ = ("_slow", "cheap", "cheap_seconds", "lag", "late_seconds")
 
     def __init__(self, lag: Lag) -> None:
         self.cheap_seconds = CHEAP_SECONDS  # how long a read may take PostgreSQL
         self.late_seconds = CHEAP_SECONDS  # and how long it may be until we have the answer
         self.cheap: set[int] = set()  # the shapes whose last read was cheap; those never seen are not
         self.lag = lag  # how late we may read an answer
-        self.gives_way = False  # whether to let other processes go first where much is to be read
         self._slow: dict[int, tuple[float, float]] = {}  # shape -> since when; from when on one that is cheap will do
 
     def slow(self, shape: int) -> bool:

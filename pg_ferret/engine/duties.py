@@ -39,7 +39,7 @@ Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 class Duties:
     """The kinds of them, and who has them."""
 
-    __slots__ = ("_others", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
+    __slots__ = ("_others", "_patient", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
 
     def __init__(
         self,
@@ -53,12 +53,13 @@ class Duties:
         self.commits = Commits(turn.loop, flush_elsewhere, self._coming, self._in_line, self._flushes)
         lag = Lag(turn.loop)
 
-        def reads(line: type[PointLine] | type[PageLine]) -> Reads:
+        def reads(line: Callable[..., ReadLine]) -> Reads:
             costs = Costs(lag)
             return Reads(partial(line, turn=turn, costs=costs, owner=owner), costs, measured, room.free)
 
         self.finds = reads(PointLine)
-        self.pages = reads(PageLine)
+        self.pages = reads(partial(PageLine, gives_way=self._gives_way))
+        self._patient = False  # whether the worker may let other processes go first
         shapes = Shapes()
         make = partial(WriteLine, turn=turn, shapes=shapes, committed=self.commits.add, owner=owner)
         self.writes = Writes(make, shapes, room)
@@ -93,7 +94,11 @@ class Duties:
         self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
         self.commits.apart = flush
         # Who is to be scheduled ordinarily does not wait for others of his own accord, either.
-        self.pages.costs.gives_way = limits.batch and not several
+        self._patient = limits.batch and not several
+
+    def _gives_way(self) -> bool:
+        """Whether other processes may go first: nobody waits for anything but pages."""
+        return self._patient and not (self.finds.busy or self.writes.busy or self._others())
 
     def _flushes(self) -> None:
         self.meet(itself=1)

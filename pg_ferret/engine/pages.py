@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import psycopg
@@ -52,9 +53,11 @@ class PageLine(ReadLine):
     """The connection: a queue of pages."""
 
     _AWAY_SECONDS = 1.0
-    __slots__ = ("_account", "_dry", "_heavy", "_judged", "_pages", "_queue", "_taken")
+    __slots__ = ("_account", "_dry", "_gives_way", "_heavy", "_judged", "_pages", "_queue", "_taken")
 
-    def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner) -> None:
+    def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner, gives_way: Callable[[], bool]) -> None:
+        """`gives_way` tells whether other processes may go first."""
+        self._gives_way = gives_way
         self._queue: deque[Waiting] = deque()  # the server is at the first one
         self._heavy = False  # whether nobody is to wait behind others
         self._pages = 0  # since their cost was last looked at
@@ -93,7 +96,7 @@ class PageLine(ReadLine):
         return waiter
 
     def _readable(self) -> None:
-        if self._read_on and len(self._queue) >= _MANY and self._costs.gives_way:
+        if self._read_on and len(self._queue) >= _MANY and self._gives_way():
             os.sched_yield()
         super()._readable()
 

@@ -7,10 +7,11 @@ from typing import Any, cast
 import pytest
 
 from pg_ferret.engine.backend import Backend, Lender
-from pg_ferret.engine.calls import FLUSH_COMMITS, SET_UP_WRITES
+from pg_ferret.engine.calls import FLUSH_COMMITS, GET_MORE, SET_UP_WRITES
 from pg_ferret.engine.duties import Duties
 from pg_ferret.engine.limits import Limits
-from pg_ferret.engine.lines import Owner
+from pg_ferret.engine.lines import Owner, Shared
+from pg_ferret.engine.pages import PageLine
 from pg_ferret.engine.writes import Room
 from pg_ferret.runner import Waiter
 from tests.unit.fake_line import Loop, Server
@@ -36,6 +37,13 @@ class Stage:
         """So many requests that meet so many others: whether the last one of them has met a crowd."""
         self.others = others
         return [self.duties.meet() for _ in range(times)][-1]
+
+    def page_line(self) -> PageLine:
+        """The first one."""
+        self.duties.pages.add(cast(Any, Server()))
+        (line,) = self.duties.pages.all
+        assert isinstance(line, PageLine)
+        return line
 
     def backend(self) -> Backend:
         return Backend(cast(Any, Server()), self.turn, Lender(_nothing, _nothing, _nothing, _nothing))
@@ -136,11 +144,30 @@ def test_writes_that_share_are_counted_when_they_are_flushed(others: int) -> Non
 
 def test_only_batch_work_of_one_processor_gives_way() -> None:
     stage = Stage()
+    line = stage.page_line()
     found = []
     for batch, processors in ((False, 1), (True, 2), (True, 1), (True, 2)):
         stage.duties.allot(Limits(1, 40, None, batch=batch, processors=processors))
-        found.append(stage.duties.pages.costs.gives_way)
+        found.append(line._gives_way())
     assert found == [False, False, True, False]
+
+
+@pytest.mark.parametrize("waiting", ["find", "write", "other"])
+def test_nobody_gives_way_while_something_else_is_under_way(waiting: str) -> None:
+    stage = Stage()
+    duties, line = stage.duties, stage.page_line()
+    duties.allot(Limits(1, 40, None, batch=True, processors=1))
+    line.add(Shared(GET_MORE, (b"db", b"spec", b"continuation"), b"db.c", 0))
+    duties.finds.add(cast(Any, Server()))
+    assert line._gives_way()
+    if waiting == "find":
+        duties.finds.all[0]._starts()
+    elif waiting == "write":
+        duties.writes.add(cast(Any, Server()))
+        duties.writes.all[0]._starts()
+    else:
+        stage.others = 1
+    assert not line._gives_way()
 
 
 def test_a_line_flushes_for_a_worker_of_one_processor() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -57,7 +58,8 @@ class Stage:
         for shape in (_SHAPE, _OTHER_SHAPE):
             costs.note(shape, 0.0, 0.0)
         self.server.prepared_names |= {AGGREGATE.name, FIND.name, FIND_AS_EVER.name, FIND_MANY.name, GET_MORE.name}
-        line = points if together else PageLine
+        self.gives_way = False
+        line = points if together else partial(PageLine, gives_way=lambda: self.gives_way)
         self.line = line(cast(Any, self.server), self.loop.turn, costs, owner)
         self.reads = [Shared(call, (b"db", b"%d" % number), b"db.c", _SHAPE) for number in range(count)]
         self.waiters = [self.line.add(read) for read in self.reads]
@@ -599,7 +601,7 @@ def test_others_go_first_where_many_large_pages_are_to_come(
     monkeypatch: pytest.MonkeyPatch, gives_way: bool, size: int, count: int, times: int
 ) -> None:
     stage = Stage(GET_MORE, together=False, count=count)
-    stage.costs.gives_way = gives_way
+    stage.gives_way = gives_way
     given: list[int] = []
     monkeypatch.setattr(os, "sched_yield", lambda: given.append(answers(stage)))
     for _ in range(2):
