@@ -32,6 +32,8 @@ _MOST_LINES_OF_WRITES: Final = 2
 # whatever it is: it takes the processors' time.
 _CROWD: Final = 4.0
 _NO_CROWD: Final = 2.5
+# For so long nobody who asks for pages only gives way: point reads that come often would wait twice as long.
+_LATELY_SECONDS: Final = 0.1
 
 Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 
@@ -39,7 +41,18 @@ Duty = Lines[ReadLine] | Lines[WriteLine] | Commits
 class Duties:
     """The kinds of them, and who has them."""
 
-    __slots__ = ("_others", "_patient", "commits", "connections", "crowd", "finds", "pages", "wanted", "writes")
+    __slots__ = (
+        "_loop",
+        "_others",
+        "_patient",
+        "commits",
+        "connections",
+        "crowd",
+        "finds",
+        "pages",
+        "wanted",
+        "writes",
+    )
 
     def __init__(
         self,
@@ -51,6 +64,7 @@ class Duties:
     ) -> None:
         """`measured` as for Reads, `flush_elsewhere` as for Commits."""
         self.commits = Commits(turn.loop, flush_elsewhere, self._coming, self._in_line, self._flushes)
+        self._loop = turn.loop
         lag = Lag(turn.loop)
 
         def reads(line: Callable[..., ReadLine]) -> Reads:
@@ -97,8 +111,11 @@ class Duties:
         self._patient = limits.batch and not several
 
     def _gives_way(self) -> bool:
-        """Whether other processes may go first: nobody waits for anything but pages."""
-        return self._patient and not (self.finds.busy or self.writes.busy or self._others())
+        """Whether other processes may go first: nobody has asked for anything but pages lately."""
+        if not self._patient or self._others():
+            return False
+        lately = self._loop.time() - _LATELY_SECONDS
+        return not any(line.busy or line.since > lately for line in (*self.finds.all, *self.writes.all))
 
     def _flushes(self) -> None:
         self.meet(itself=1)

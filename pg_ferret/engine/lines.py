@@ -29,11 +29,12 @@ class Shared:
 class Line(Pipeline):
     """One of the connections, which is watched while anybody waits at it."""
 
-    __slots__ = ("_seen", "_watched")
+    __slots__ = ("_seen", "_watched", "since")
 
     def __init__(self, conn: Session, turn: Turn) -> None:
         self._seen: object = None  # how far it was when it was last looked at
         self._watched = False
+        self.since = 0.0  # when the server began with what it is at, or was at last
         super().__init__(conn, turn)
 
     @abstractmethod

@@ -136,7 +136,7 @@ class PageLine(ReadLine):
         """The server has done with the first one."""
         read, _ = self._queue.popleft()
         now = self._loop.time()
-        seconds = now - self._since
+        seconds = now - self.since
         if seconds > SLOW_TIMES * self._costs.cheap_seconds or now - self._late > _LONG_SECONDS:
             self._blame(read, now)
         self._taken += seconds
@@ -153,14 +153,14 @@ class PageLine(ReadLine):
 
     def _blame(self, read: Shared, now: float) -> None:
         """A page was late: did PostgreSQL take so long for it?"""
-        taken = now - self._since
+        taken = now - self.since
         seconds = taken - self._costs.lag.seconds
         if (done := self._account.done()) is not None:
             # The other pages of the account cannot have run for longer than they took; any of them may have waited.
             waited = done.waited * taken / (self._taken + taken)
             waited += done.ours_waited * taken / max(now - self._judged, taken)
             seconds = max(done.ran - self._taken, seconds - waited)
-        if seconds > self._late - self._since + _LONG_SECONDS:
+        if seconds > self._late - self.since + _LONG_SECONDS:
             self._costs.keep_away(read.shape, now + self._AWAY_SECONDS)
         elif seconds > SLOW_TIMES * self._costs.cheap_seconds:
             self._costs.keep_away(read.shape, now)

@@ -142,7 +142,7 @@ class PointLine(ReadLine):
     def _finish(self, batch: list[Waiting]) -> None:
         """The server has done with a batch."""
         now = self._loop.time()
-        seconds = (now - self._since) / len(batch)
+        seconds = (now - self.since) / len(batch)
         if self._batches:
             self._begin(now, len(self._batches[0]))
         else:

@@ -45,14 +45,13 @@ class ReadLine(Line):
 
     # What has held a line up stays away for so long, and so does what is like it, even if one of them is cheap.
     _AWAY_SECONDS: ClassVar[float]
-    __slots__ = ("_answered", "_costs", "_late", "_leaving", "_owner", "_read_on", "_since")
+    __slots__ = ("_answered", "_costs", "_late", "_leaving", "_owner", "_read_on")
 
     def __init__(self, conn: Session, turn: Turn, costs: Costs, owner: Owner) -> None:
         self._costs = costs
         self._owner = owner
         self._leaving = False
         self._answered = 0  # reads that have their answer, of those that the server is at
-        self._since = 0.0  # when it began with them
         self._late = 0.0  # from then on it takes too long
         self._read_on = False  # the last answer was large: libpq may have left the next one in the socket
         super().__init__(conn, turn)
@@ -90,7 +89,7 @@ class ReadLine(Line):
 
     def _begin(self, now: float, count: int) -> None:
         """The server begins with so many."""
-        self._since = now
+        self.since = now
         self._late = now + self._costs.late_seconds + count * _EACH_SECONDS
 
     def _fail(self, result: pq.abc.PGresult) -> None:
@@ -134,7 +133,7 @@ class ReadLine(Line):
             self._pg.consume_input()
 
     def _progress(self) -> object:
-        return self._since, self._answered
+        return self.since, self._answered
 
     def _stands_still(self) -> None:
         waiting = self._give_up()

@@ -91,7 +91,6 @@ class WriteLine(Line):
         "_owner",
         "_row",
         "_shapes",
-        "_since",
         "_tasks",
         "queue",
     )
@@ -111,7 +110,6 @@ class WriteLine(Line):
         self.queue: deque[_Waiting] = deque()  # the first one is under way
         self._row: Row | None = None
         self._error: Exception | None = None
-        self._since = 0.0  # when the server began with the first one
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         super().__init__(conn, turn)
@@ -127,7 +125,7 @@ class WriteLine(Line):
         now = self._loop.time()
         if self._leaving or len(queue) >= _MOST_WAITING or self._shapes.get(shape, math.inf) > now:
             return False
-        if not queue or now - self._since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS:
+        if not queue or now - self.since <= _LATE_SECONDS + len(queue) * _EACH_SECONDS:
             return True
         return self._flushes  # a slow disk is as slow elsewhere
 
@@ -138,7 +136,7 @@ class WriteLine(Line):
 
     def coming(self) -> int:
         """How many are about to be committed: none if the first one takes long, because it may wait for a lock."""
-        return len(self.queue) if self._loop.time() - self._since <= _LATE_SECONDS else 0
+        return len(self.queue) if self._loop.time() - self.since <= _LATE_SECONDS else 0
 
     @property
     def open(self) -> bool:
@@ -157,7 +155,7 @@ class WriteLine(Line):
             waiter.set_exception(EngineLostError("connection to PostgreSQL lost"))
             return waiter
         if not queue:
-            self._since = self._loop.time()
+            self.since = self._loop.time()
             self._starts()
         queue.append((write, waiter))
         call = write.call
@@ -193,11 +191,11 @@ class WriteLine(Line):
         row, self._row = self._row, None
         error, self._error = self._error, None
         now = self._loop.time()
-        if now - self._since > slow:
+        if now - self.since > slow:
             self._shapes.note(write.shape, now + _BANNED_SECONDS)
         elif write.shape not in self._shapes:  # it had no other way than to join
             self._shapes.note(write.shape, now)
-        self._since = now
+        self.since = now
         if not self.queue:
             self.busy = False
         well = error is None and (row is None or row[1] == _WELL)
@@ -217,13 +215,13 @@ class WriteLine(Line):
             self.retire()
 
     def _progress(self) -> object:
-        return self._since
+        return self.since
 
     def _stands_still(self) -> None:
         """Have the first write cancelled, again and again, and at last give up."""
         if self._flushes:  # whoever commits has to wait for the disk, and for standbys
             self._look_again()
-        elif self._loop.time() - self._since <= _GIVEN_UP_SECONDS:
+        elif self._loop.time() - self.since <= _GIVEN_UP_SECONDS:
             if not self._tasks:
                 task = self._loop.create_task(self._cancel())
                 self._tasks.add(task)

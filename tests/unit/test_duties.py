@@ -152,22 +152,22 @@ def test_only_batch_work_of_one_processor_gives_way() -> None:
     assert found == [False, False, True, False]
 
 
-@pytest.mark.parametrize("waiting", ["find", "write", "other"])
-def test_nobody_gives_way_while_something_else_is_under_way(waiting: str) -> None:
+@pytest.mark.parametrize("kind", ["finds", "writes"])
+def test_nobody_gives_way_who_has_been_asked_for_more_than_pages_lately(kind: str) -> None:
     stage = Stage()
     duties, line = stage.duties, stage.page_line()
     duties.allot(Limits(1, 40, None, batch=True, processors=1))
     line.add(Shared(GET_MORE, (b"db", b"spec", b"continuation"), b"db.c", 0))
-    duties.finds.add(cast(Any, Server()))
     assert line._gives_way()
-    if waiting == "find":
-        duties.finds.all[0]._starts()
-    elif waiting == "write":
-        duties.writes.add(cast(Any, Server()))
-        duties.writes.all[0]._starts()
-    else:
-        stage.others = 1
+    stage.others = 1
     assert not line._gives_way()
+    stage.others = 0
+    getattr(duties, kind).add(cast(Any, Server()))
+    (other,) = getattr(duties, kind).all
+    for busy, since, expected in ((True, 0.0, False), (False, 0.05, False), (False, 0.2, True)):
+        other.busy = busy
+        other.since = stage.loop.now - since
+        assert line._gives_way() == expected
 
 
 def test_a_line_flushes_for_a_worker_of_one_processor() -> None:
