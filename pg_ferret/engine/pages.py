@@ -97,6 +97,7 @@ class PageLine(ReadLine):
 
     def _readable(self) -> None:
         if self._read_on and len(self._queue) >= _MANY and self._gives_way():
+            self._read_on = False  # once for each page, in however many parts it comes
             os.sched_yield()
         super()._readable()
 

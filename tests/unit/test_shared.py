@@ -604,9 +604,10 @@ def test_others_go_first_where_many_large_pages_are_to_come(
     stage.gives_way = gives_way
     given: list[int] = []
     monkeypatch.setattr(os, "sched_yield", lambda: given.append(answers(stage)))
-    for _ in range(2):
-        stage.server.give(stage.line, row(bytes(size), None), sync())
-    assert given == [1] * times  # before the second page is read
+    stage.server.give(stage.line, row(bytes(size), None), sync())
+    for part in ((), (row(bytes(size), None), sync())):
+        stage.server.give(stage.line, *part)
+    assert given == [1] * times  # before the second page is read, in two parts
     assert answers(stage) == 2
 
 
