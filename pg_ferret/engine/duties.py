@@ -73,7 +73,7 @@ class Duties:
 
         self.finds = reads(PointLine)
         self.pages = reads(partial(PageLine, gives_way=self._gives_way))
-        self._patient = False  # whether the worker may let other processes go first
+        self._patient = False  # as the limits say
         shapes = Shapes()
         make = partial(WriteLine, turn=turn, shapes=shapes, committed=self.commits.add, owner=owner)
         self.writes = Writes(make, shapes, room)
@@ -107,8 +107,7 @@ class Duties:
         self.writes.allot(writes)
         self.pages.allot(min(_MOST_LINES_OF_PAGES, limits.processors, room - finds - writes - flush))
         self.commits.apart = flush
-        # Who is to be scheduled ordinarily does not wait for others of his own accord, either.
-        self._patient = limits.batch and not several
+        self._patient = limits.gives_way
 
     def _gives_way(self) -> bool:
         """Whether other processes may go first: nobody has asked for anything but pages lately."""

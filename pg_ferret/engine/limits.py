@@ -22,6 +22,7 @@ class Limits:
     wait_seconds: float | None  # how long a request may wait for one; None: for ever
     batch: bool = False  # whether the kernel schedules them as batch work
     processors: int = 1  # that the worker has for itself, rounded up
+    gives_way: bool = False  # whether it may let other processes go first
 
 
 def pool_limits(config: Config) -> Limits:
@@ -32,8 +33,12 @@ def pool_limits(config: Config) -> Limits:
     largest = max(1, min(settings.pool_max_conns, server.max_connections - reserved) // workers)
     smallest = min(largest, -(-settings.pool_min_conns // workers))
     wait = settings.query_wait_timeout / 1000 if settings.query_wait_timeout else None
-    processors = -(-len(os.sched_getaffinity(0)) // workers)
-    return Limits(smallest, largest, wait, settings.batch_scheduling, processors)
+    available = len(os.sched_getaffinity(0))
+    batch = settings.batch_scheduling
+    # With several processors and a worker for each of them; on a single one, or where PostgreSQL has one beside the
+    # worker's, that costs more than it saves.  Nor does who is to be scheduled ordinarily wait for others.
+    gives_way = batch and 1 < available <= workers
+    return Limits(smallest, largest, wait, batch, -(-available // workers), gives_way)
 
 
 def conninfo(config: Config) -> str:

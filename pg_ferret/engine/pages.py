@@ -44,8 +44,8 @@ _LONG_SECONDS: Final = 0.02
 LOOKED_AT: Final = 32
 _HEAVY_SECONDS: Final = 0.001
 _BUSY_PART: Final = 1 / 3
-# Where the worker has one processor only, whoever else waits for it goes first while so many pages are under way and
-# the last one was large: more of them are there then, and the worker is woken half as often.
+# Whoever else waits for the processor goes first (limits.py) while so many pages are under way and the last one was
+# large: more of them are there then, and the worker is woken half as often.
 _MANY: Final = 5
 
 

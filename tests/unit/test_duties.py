@@ -142,21 +142,21 @@ def test_writes_that_share_are_counted_when_they_are_flushed(others: int) -> Non
     assert stage.duties.crowd.there == (others == 3)  # beside the one that is flushed
 
 
-def test_only_batch_work_of_one_processor_gives_way() -> None:
+def test_a_line_of_pages_gives_way_as_the_limits_say() -> None:
     stage = Stage()
     line = stage.page_line()
     found = []
-    for batch, processors in ((False, 1), (True, 2), (True, 1), (True, 2)):
-        stage.duties.allot(Limits(1, 40, None, batch=batch, processors=processors))
+    for gives_way in (False, True, False):
+        stage.duties.allot(Limits(1, 40, None, gives_way=gives_way))
         found.append(line._gives_way())
-    assert found == [False, False, True, False]
+    assert found == [False, True, False]
 
 
 @pytest.mark.parametrize("kind", ["finds", "writes"])
 def test_nobody_gives_way_who_has_been_asked_for_more_than_pages_lately(kind: str) -> None:
     stage = Stage()
     duties, line = stage.duties, stage.page_line()
-    duties.allot(Limits(1, 40, None, batch=True, processors=1))
+    duties.allot(Limits(1, 40, None, gives_way=True))
     line.add(Shared(GET_MORE, (b"db", b"spec", b"continuation"), b"db.c", 0))
     assert line._gives_way()
     stage.others = 1

@@ -43,14 +43,19 @@ def test_shares(workers: int, pool: tuple[int, int], server: int, expected: tupl
     assert (limits.smallest, limits.largest) == expected
 
 
-@pytest.mark.parametrize(("processors", "workers", "each"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (3, 2, 2), (2, 8, 1)])
+@pytest.mark.parametrize(
+    ("processors", "workers", "each", "gives_way"),
+    [(1, 1, 1, False), (1, 2, 1, False), (2, 1, 2, False), (2, 2, 1, True), (3, 2, 2, False), (2, 8, 1, True)],
+)
 def test_a_worker_has_its_share_of_the_processors(
-    monkeypatch: pytest.MonkeyPatch, processors: int, workers: int, each: int
+    monkeypatch: pytest.MonkeyPatch, processors: int, workers: int, each: int, gives_way: bool
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(processors)))
     base = config()
-    settings = replace(base.settings, workers=workers, max_workers=64)
-    assert pool_limits(Config(settings=settings, server=base.server)).processors == each
+    for batch in (True, False):
+        settings = replace(base.settings, workers=workers, max_workers=64, batch_scheduling=batch)
+        limits = pool_limits(Config(settings=settings, server=base.server))
+        assert (limits.processors, limits.gives_way) == (each, batch and gives_way)
 
 
 def test_no_timeout_means_waiting_for_ever() -> None:
