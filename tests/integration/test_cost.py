@@ -285,7 +285,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "wire/message.py:piece": 20,
         "wire/message.py:reply": 26,
     },
-    "getMore": {  # 1326
+    "getMore": {  # 1332
         "commands/arguments.py:Namespace.read": 15,
         "commands/cursors.py:get_more": 154,
         "connection.py:Connection._receive": 28,
@@ -299,6 +299,7 @@ INSTRUCTIONS: dict[str, dict[str, int]] = {
         "engine/crowd.py:Crowd.meets": 34,
         "engine/lines.py:Line._starts": 6,
         "engine/pages.py:PageLine._finish": 33,
+        "engine/pages.py:PageLine._readable": 6,
         "engine/pages.py:PageLine._take": 48,
         "engine/pages.py:PageLine.add": 26,
         "engine/pages.py:PageLine.takes": 14,
