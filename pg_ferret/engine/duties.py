@@ -110,7 +110,10 @@ class Duties:
         self._patient = limits.gives_way
 
     def _gives_way(self) -> bool:
-        """Whether other processes may go first: nobody has asked for anything but pages lately."""
+        """Whether other processes may go first.
+
+        Nobody has a connection of his own, and those that point reads and writes share have not been used lately.
+        """
         if not self._patient or self._others():
             return False
         lately = self._loop.time() - _LATELY_SECONDS
